@@ -1,0 +1,1 @@
+"""Data: `text.py` for language models, `lra.py` for Long Range Arena."""

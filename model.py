@@ -1,0 +1,144 @@
+"""The Transformer: GPT-2's architecture (pre-norm, learned positions, tanh GELU, tied head) with preconditioned attention.
+
+Radford et al. 2019; the preconditioner is in precond.py, the mechanisms are in attention.py. `Block` serves causal models and encoders.
+Shapes: B sequences, T tokens, C = n_embd channels, head_dim = C / n_head.
+"""
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import attention
+from precond import precondition
+
+
+@dataclass
+class ModelConfig:
+    """What fixes a model but its vocabulary. "fixed": cannot change when a run is resumed."""
+    block_size: Annotated[int, "context length in tokens", "fixed"] = 64
+    n_layer: Annotated[int, "number of blocks", "fixed"] = 4
+    n_head: Annotated[int, "attention heads per block", "fixed"] = 4
+    n_embd: Annotated[int, "width of the model", "fixed"] = 128
+    dropout: Annotated[float, "dropout probability"] = 0.0
+    bias: Annotated[bool, "biases in linear layers and layer norms", "fixed"] = False
+    attention: Annotated[Literal["softmax"], "attention mechanism", "fixed"] = "softmax"
+    precond: Annotated[bool, "precondition each head's output: row i times ||A_i||^-precond_power"] = False
+    precond_grad: Annotated[bool, "let the gradient flow through the norms (the paper: no)"] = False
+    precond_eps: Annotated[float, "added to the norms"] = 1e-8
+    precond_power: Annotated[float, "1: the paper's; 0: plain attention; 0.5: half-way"] = 1.0
+
+    def __post_init__(self):
+        for name in ("block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}: choose a divisor of {self.n_embd}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, allocated once: (n_layer, B, n_head, block_size, head_dim) each."""
+
+    def __init__(self, config: ModelConfig, batch: int, device=None, dtype=torch.float32):
+        shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.k, self.v = torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k, v (B, n_head, T, head_dim) behind the tokens seen; return all keys and values of the layer."""
+        end = self.length + k.size(-2)
+        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Project to q, k, v; attend; precondition; project."""
+
+    def __init__(self, config: ModelConfig, layer: int, causal: bool):
+        super().__init__()
+        self.layer, self.causal, self.n_head, self.dropout = layer, causal, config.n_head, config.dropout
+        self.mechanism = attention.MECHANISMS[config.attention]
+        self.C = dict(grad=config.precond_grad, eps=config.precond_eps, power=config.precond_power if config.precond else 0.0)
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x, mask=None, cache: KVCache | None = None):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        a = self.mechanism(q, k, v, mask, is_causal=self.causal and T > 1, dropout_p=self.dropout if self.training else 0.0)
+        a = precondition(a, **self.C)  # (B, n_head, T, head_dim); power 0 is A itself
+        a = a.transpose(1, 2).reshape(B, T, C)
+        return F.dropout(self.proj(a), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        return F.dropout(self.proj(F.gelu(self.fc(x), approximate="tanh")), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, causal: bool):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = Attention(config, layer, causal)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask=None, cache=None):
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """A causal language model over `vocab_size` tokens."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.config, self.vocab_size = config, vocab_size
+        self.wte = nn.Embedding(vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer, causal=True) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.init_weights()
+
+    def init_weights(self):
+        """GPT-2's: N(0, 0.02), biases 0, projections into the residual stream smaller by sqrt(2 n_layer)."""
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                residual = name.endswith("proj")
+                nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, idx, targets=None, cache: KVCache | None = None):
+        """Tokens (B, T) -> logits (B, T, vocab_size) and, with targets (B, T), the mean cross entropy in nats (else None).
+
+        With a cache, idx follows the tokens in it (several at once only into an empty one) and the logits are the last token's, (B, 1, V).
+        """
+        T, start = idx.size(1), cache.length if cache is not None else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit into block_size={self.config.block_size}")
+        if start and T > 1:
+            raise ValueError(f"{T} tokens at once after {start} cached ones: feed them one by one")
+        x = self.wte(idx) + self.wpe.weight[start:start + T]  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.blocks:
+            x = block(x, cache=cache)
+        if cache is not None:
+            cache.length += T
+            x = x[:, -1:]
+        logits = F.linear(self.ln_f(x), self.wte.weight)
+        loss = None if targets is None else F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+        return logits, loss
