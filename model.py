@@ -22,6 +22,7 @@ class ModelConfig:
     n_layer: Annotated[int, "number of blocks", "fixed"] = 4
     n_head: Annotated[int, "attention heads per block", "fixed"] = 4
     n_embd: Annotated[int, "width of the model", "fixed"] = 128
+    n_inner: Annotated[int, "width of the feed-forward layer; 0: 4 n_embd", "fixed"] = 0
     dropout: Annotated[float, "dropout probability"] = 0.0
     bias: Annotated[bool, "biases in linear layers and layer norms", "fixed"] = False
     attention: Annotated[Literal["softmax"], "attention mechanism", "fixed"] = "softmax"
@@ -81,8 +82,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.dropout = config.dropout
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        inner = config.n_inner or 4 * config.n_embd
+        self.fc = nn.Linear(config.n_embd, inner, bias=config.bias)
+        self.proj = nn.Linear(inner, config.n_embd, bias=config.bias)
 
     def forward(self, x):
         return F.dropout(self.proj(F.gelu(self.fc(x), approximate="tanh")), self.dropout, self.training)

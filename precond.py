@@ -19,7 +19,7 @@ _recordings: list[list] = []
 
 
 def precondition(a: torch.Tensor, *, grad: bool = False, eps: float = 1e-8, power: float = 1.0) -> torch.Tensor:
-    """C A for head outputs `a` of shape (..., T, D); same shape and dtype, norms in fp32.
+    """C A for head outputs `a` of shape (..., T, D); same shape and dtype, norms in fp32 (fp64 for fp64 input).
 
     grad=False (the paper's recipe) detaches the norms: C is a constant in the backward pass. power=0 returns `a` itself.
     A zero row stays zero and gets a zero gradient.
@@ -27,7 +27,8 @@ def precondition(a: torch.Tensor, *, grad: bool = False, eps: float = 1e-8, powe
     if power == 0:
         out = a
     else:
-        norm = torch.linalg.vector_norm(a if grad else a.detach(), dim=-1, keepdim=True, dtype=torch.float32)
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(a if grad else a.detach(), dim=-1, keepdim=True, dtype=dtype)
         zero = norm == 0
         c = (norm.masked_fill(zero, 1.0) + eps).pow(-power).masked_fill(zero, 0.0)
         out = (a * c).to(a.dtype)
