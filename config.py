@@ -25,6 +25,9 @@ def run(main, *errors: type[Exception]):
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse(cls: type, argv: list[str], doc: str, positional: str | None = None) -> tuple[Any, dict[str, Any]]:

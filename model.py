@@ -4,7 +4,7 @@ Radford et al. 2019; the preconditioner is in precond.py, the mechanisms are in 
 Shapes: B sequences, T tokens, C = n_embd channels, head_dim = C / n_head.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 import torch
@@ -124,6 +124,20 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    @classmethod
+    def from_checkpoint(cls, saved: dict) -> "GPT":
+        """The model of a train.py checkpoint, in evaluation mode, on the CPU."""
+        model = cls(ModelConfig(**{f.name: saved["config"][f.name] for f in fields(ModelConfig)}), saved["task"]["vocab_size"])
+        model.load_state_dict(saved["model"])
+        return model.eval()
+
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> float:
+        """Of one training step: 6 per weight of a matrix product (2 forward, 4 backward), and 12 T C a layer for Q K^T and A V."""
+        return 6 * (self.n_parameters() - self.wpe.weight.numel()) + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
     def forward(self, idx, targets=None, cache: KVCache | None = None):
         """Tokens (B, T) -> logits (B, T, vocab_size) and, with targets (B, T), the mean cross entropy in nats (else None).
 
@@ -142,5 +156,5 @@ class GPT(nn.Module):
             cache.length += T
             x = x[:, -1:]
         logits = F.linear(self.ln_f(x), self.wte.weight)
-        loss = None if targets is None else F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+        loss = None if targets is None else F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
         return logits, loss

@@ -10,6 +10,7 @@ plain attention. H. Saratchandran, "Preconditioned Attention: Enhancing Efficien
 
     python precond.py        # kappa before and after, for softmax attention of several sharpnesses
 """
+import warnings
 from contextlib import contextmanager
 
 import torch
@@ -33,7 +34,8 @@ def precondition(a: torch.Tensor, *, grad: bool = False, eps: float = 1e-8, powe
         c = (norm.masked_fill(zero, 1.0) + eps).pow(-power).masked_fill(zero, 0.0)
         out = (a * c).to(a.dtype)
     for recording in _recordings:
-        recording.append((a.detach(), out.detach()))
+        before = a.detach()
+        recording.append((before, before if out is a else out.detach()))
     return out
 
 
@@ -74,36 +76,88 @@ _sdpa = F.scaled_dot_product_attention
 
 @contextmanager
 def precondition_sdpa(*, grad: bool = False, eps: float = 1e-8, power: float = 1.0):
-    """Precondition every call of torch.nn.functional.scaled_dot_product_attention made inside.
+    """Precondition every call of torch.nn.functional.scaled_dot_product_attention made inside. The innermost of several counts.
 
-    Code that imported the function by name before, and attention that does not go through it, is not reached.
+    PyTorch's fused inference path of nn.MultiheadAttention and nn.TransformerEncoderLayer goes round that function, so it is off
+    inside. Not reached: code that imported the function by name before, nn.MultiheadAttention with need_weights=True (its default),
+    TorchScript, attention written out by hand. `check` tells.
     """
     def replacement(*args, **kwargs):
         return preconditioned_attention(*args, grad=grad, eps=eps, power=power, **kwargs)
 
-    before = F.scaled_dot_product_attention
+    replacement.preconditions = True
+    before, fused = F.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()
     F.scaled_dot_product_attention = replacement
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         F.scaled_dot_product_attention = before
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def register_transformers(name: str = "preconditioned", *, grad: bool = False, eps: float = 1e-8, power: float = 1.0):
     """Add an attention implementation to Hugging Face transformers: Model._from_config(config, attn_implementation=name).
 
-    Needs transformers (pip install -r requirements-extra.txt). It is transformers' own SDPA attention, with its masks, followed by C.
+    It is transformers' own SDPA attention, with its masks, followed by C. Models that do not use transformers' attention interface
+    take any name and ignore it: run `check` once. Attention that SDPA does not compute (sinks, sparse indices) raises ValueError.
+    Registering a name again changes the options of every model that has it. Raises ImportError without transformers.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.masking_utils import sdpa_mask
+    except ImportError:
+        raise ImportError("register_transformers needs transformers: pip install -r requirements-extra.txt") from None
 
     def attention(module, query, key, value, attention_mask, **kwargs):
+        for extra in ("s_aux", "indices"):  # sdpa_attention_forward would drop them without a word
+            if kwargs.get(extra) is not None:
+                raise ValueError(f"{type(module).__name__} passes {extra} to its attention, which SDPA does not compute: "
+                                 f"attn_implementation={name!r} cannot serve this model")
         a, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # (B, T, n_head, D)
-        return precondition(a.transpose(1, 2), grad=grad, eps=eps, power=power).transpose(1, 2), weights
+        if not getattr(F.scaled_dot_product_attention, "preconditions", False):  # else precondition_sdpa has done it
+            a = precondition(a.transpose(1, 2), grad=grad, eps=eps, power=power).transpose(1, 2)
+        return a, weights
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def check(model: torch.nn.Module, *args, **inputs) -> int:
+    """Run model(*args, **inputs) and return how many of its attention calls were preconditioned; RuntimeError where none was.
+
+    The pass runs in the model's and the caller's present mode (train or eval, gradients or none, inside precondition_sdpa or not) and
+    says nothing about another. power=0 does not count. A module named like attention in which no call was preconditioned, beside
+    others in which one was, is a warning with its name.
+    """
+    silent, hooks = {}, []
+
+    def count():
+        return sum(before is not after for before, after in calls)  # power=0 records one tensor twice
+
+    def watch(name, module):
+        seen = []
+        hooks.append(module.register_forward_pre_hook(lambda *_: seen.append(count())))
+        hooks.append(module.register_forward_hook(lambda *_: silent.update({name: silent.get(name, True) and seen.pop() == count()})))
+
+    with record() as calls:
+        try:
+            for name, module in model.named_modules():
+                if "attention" in type(module).__name__.lower():
+                    watch(name, module)
+            model(*args, **inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    n = count()
+    if not n:
+        raise RuntimeError(f"no attention call of {type(model).__name__} was preconditioned: it does not go through scaled_dot_product_attention or "
+                           "transformers' attention interface, or was built without attn_implementation='preconditioned' and runs outside "
+                           "precondition_sdpa(), or power is 0; call precond.precondition on its head outputs instead")
+    if missed := [name for name, unreached in silent.items() if unreached]:
+        warnings.warn(f"{n} attention calls of {type(model).__name__} were preconditioned, but none in {', '.join(missed)}", stacklevel=2)
+    return n
 
 
 def _demonstrate(T: int = 197, D: int = 64, heads: int = 16):

@@ -1,0 +1,55 @@
+"""Checkpoints: plain dictionaries, written atomically, read without executing anything in them."""
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+from config import UserError
+
+
+def save(path: Path, state: dict):
+    """Write beside `path`, fsync, rename: whatever happens, `path` is either the old checkpoint or the new one. Raises UserError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as e:  # torch.save turns a failed write into a RuntimeError, with the OSError as its cause or context
+        temporary.unlink(missing_ok=True)
+        reason = next((x for x in (e, e.__cause__, e.__context__) if isinstance(x, OSError)), None)
+        if reason is None and not str(e).startswith("[enforce fail at inline_container"):
+            raise
+        kept = f"; the previous {path.name} is intact" if path.exists() else ""
+        raise UserError(f"cannot save {path}: {reason.strerror if reason else 'the write failed'}{kept}. Make room and use --init_from=resume") from e
+
+
+def read(path: Path) -> dict:
+    """The checkpoint at `path`, on the CPU. Raises UserError where it is missing, truncated, or holds anything but tensors and plain values."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}: train first, or name the run's folder with --out_dir") from None
+    except pickle.UnpicklingError as e:
+        raise UserError(f"{path} is refused: it is damaged or holds something other than tensors and plain values ({first_line(e)})") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
+        raise UserError(f"{path} is not a readable checkpoint (truncated or damaged: {first_line(e)})") from None
+
+
+def first_line(e: Exception) -> str:
+    text = str(e).strip().splitlines() or [type(e).__name__]
+    return text[0][:120]
+
+
+def load_weights(model: torch.nn.Module, state: dict, source: object):
+    """model.load_state_dict with one line for what does not fit. Raises UserError."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        lines = [line.strip() for line in str(e).splitlines()[1:]]
+        raise UserError(f"{source} does not fit this model: {lines[0] if lines else e}") from None

@@ -1,0 +1,156 @@
+"""GPT-2's weights in the form of model.GPT: the four published sizes, or a local Hugging Face folder of the same architecture.
+
+    shapes, state = read("gpt2")                      # downloads config.json and model.safetensors once
+    shapes, state = read("out/exported", block_size=256)
+    vocab_size = shapes.pop("vocab_size")
+    gpt = GPT(ModelConfig(**shapes), vocab_size)
+    gpt.load_state_dict(state)
+
+Radford et al. 2019. Weights are read from safetensors alone: a pickle can run code when it is opened. Hugging Face stores GPT-2's
+linear layers as Conv1D, y = x W + b with W of shape (in, out), the transpose of nn.Linear's. Needs requirements-extra.txt.
+"""
+import json
+from pathlib import Path
+
+import torch
+
+from config import UserError
+from model import GPT, ModelConfig
+
+HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+SHAPES = {"n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "vocab_size": "vocab_size"}
+MODULES = {"ln_1": "ln_1", "attn.c_attn": "attn.qkv", "attn.c_proj": "attn.proj", "ln_2": "ln_2", "mlp.c_fc": "mlp.fc", "mlp.c_proj": "mlp.proj"}
+# What model.GPT computes: config key -> (its default in transformers, the values that mean this architecture).
+# reorder_and_upcast_attn is free: it changes the order of the same operations. gelu_pytorch_tanh is gelu_new's formula.
+ARCHITECTURE = {
+    "model_type": (None, ("gpt2",)),
+    "activation_function": ("gelu_new", ("gelu_new", "gelu_pytorch_tanh")),
+    "layer_norm_epsilon": (1e-5, (1e-5,)),
+    "scale_attn_weights": (True, (True,)),
+    "scale_attn_by_inverse_layer_idx": (False, (False,)),
+    "add_cross_attention": (False, (False,)),
+    "tie_word_embeddings": (True, (True,)),
+}
+
+
+def read(source: str, block_size: int | None = None) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(shapes, state_dict) of `source`: a name in HUB, or a local folder with config.json and safetensors.
+
+    shapes: block_size, n_layer, n_head, n_embd, bias (always True) and vocab_size. state_dict: model.GPT's keys, fp32, on the CPU.
+    block_size keeps that many of the learned positions. Whatever cannot be read or is another architecture is a UserError.
+    """
+    folder = _download(source) if source in HUB else Path(source)
+    if not folder.is_dir():
+        raise UserError(f"{source} is neither a folder nor one of {', '.join(HUB)}: name a Hugging Face GPT-2 folder")
+    shapes = _shapes(folder / "config.json")
+    rows = shapes["block_size"]
+    state = _convert(_read_tensors(folder), shapes, folder)
+    if block_size is not None:
+        if not 1 <= block_size <= rows:
+            raise UserError(f"block_size={block_size}: {source} has learned positions for 1 to {rows} tokens, choose among them")
+        shapes["block_size"], state["wpe.weight"] = block_size, state["wpe.weight"][:block_size].clone()
+    return shapes, state
+
+
+def _download(name: str) -> Path:
+    """Fetch a published GPT-2 into huggingface_hub's cache and return its folder."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"downloading {name} needs huggingface_hub: pip install -r requirements-extra.txt") from None
+    try:
+        huggingface_hub.hf_hub_download(HUB[name], "model.safetensors")
+        return Path(huggingface_hub.hf_hub_download(HUB[name], "config.json")).parent
+    except OSError as error:  # every failure of the hub or of the disk is one, a missing network too
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"cannot download {HUB[name]} from the Hugging Face hub: {reason} "
+                        f"Check the network, or download it elsewhere and give the folder instead of {name}") from None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; a Hugging Face GPT-2 folder has one") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): download or export the folder again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not an object: download or export the folder again")
+    return value
+
+
+def _shapes(path: Path) -> dict:
+    """ModelConfig's sizes and vocab_size from a config.json that describes the architecture of model.GPT."""
+    config = _read_json(path)
+    for key, (default, allowed) in ARCHITECTURE.items():
+        if config.get(key, default) not in allowed:
+            raise UserError(f"{path}: {key}={config.get(key)!r} is not GPT-2 as model.py builds it ({key}={allowed[0]!r}): use another model")
+    for key in SHAPES:
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise UserError(f"{path}: {key}={config.get(key)!r} must be a positive integer")
+    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
+        raise UserError(f"{path}: n_inner={config['n_inner']} is not 4 * n_embd = {4 * config['n_embd']}, the MLP of model.py: use another model")
+    if config["n_embd"] % config["n_head"]:
+        raise UserError(f"{path}: n_head={config['n_head']} does not divide n_embd={config['n_embd']}")
+    return {ours: config[theirs] for theirs, ours in SHAPES.items()} | {"bias": True}
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the folder's safetensors: model.safetensors, or the shards that model.safetensors.index.json lists."""
+    try:
+        import safetensors
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"reading {folder} needs safetensors: pip install -r requirements-extra.txt") from None
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    elif index.exists():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(n, str) and n == Path(n).name for n in weight_map.values()):
+            raise UserError(f"{index} has no weight_map from tensors to files of its own folder: download the folder again")
+        names = sorted(set(weight_map.values()))
+    elif (folder / "pytorch_model.bin").exists() or (folder / "pytorch_model.bin.index.json").exists():
+        raise UserError(f"{folder} holds pytorch_model.bin alone, a pickle, which can run code and is not read: "
+                        "save the model with transformers' save_pretrained, which writes model.safetensors")
+    else:
+        raise UserError(f"{folder} has no model.safetensors: name a Hugging Face GPT-2 folder")
+    tensors = {}
+    for name in names:
+        try:
+            tensors |= load_file(folder / name)
+        except FileNotFoundError:
+            raise UserError(f"{folder / name} is missing though {index.name} lists it: download the folder again") from None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"cannot read {folder / name} ({error}): it is damaged or incomplete, download it again") from None
+    return tensors
+
+
+def _convert(tensors: dict[str, torch.Tensor], shapes: dict, folder: Path) -> dict[str, torch.Tensor]:
+    """Hugging Face's names and layout -> those of model.GPT, checked against it tensor by tensor."""
+    tensors = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+    theirs = {f"{name}.{kind}": f"{name}.{kind}" for name in ("wte", "wpe", "ln_f") for kind in ("weight", "bias")}
+    for i in range(shapes["n_layer"]):
+        for old, new in MODULES.items():
+            theirs |= {f"blocks.{i}.{new}.{kind}": f"h.{i}.{old}.{kind}" for kind in ("weight", "bias")}
+    with torch.device("meta"):
+        gpt = GPT(ModelConfig(**{k: v for k, v in shapes.items() if k != "vocab_size"}), shapes["vocab_size"])
+    state = {}
+    for key, expected in gpt.state_dict().items():
+        tensor = tensors.pop(theirs[key], None)
+        if tensor is None:
+            raise UserError(f"{folder} has no tensor {theirs[key]}: it is incomplete or not a GPT-2")
+        conv1d = ".c_" in theirs[key]
+        shape = tuple(expected.shape)[::-1] if conv1d else tuple(expected.shape)
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise UserError(f"{folder}: {theirs[key]} is {tensor.dtype} of shape {tuple(tensor.shape)}, but config.json asks for floats of "
+                            f"shape {shape}: the two do not belong together")
+        state[key] = (tensor.t() if conv1d else tensor).float().contiguous()
+    head = tensors.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head.float(), state["wte.weight"]):
+        raise UserError(f"{folder}: lm_head.weight is not wte.weight, and model.py ties its head to the embedding: use another model")
+    # Causal masks that old versions of transformers saved as buffers.
+    extra = sorted(key for key in tensors if not key.endswith((".attn.bias", ".attn.masked_bias")))
+    if extra:
+        raise UserError(f"{folder} has {len(extra)} tensors that GPT-2 does not have, {extra[0]} first: use a GPT-2 language model")
+    return state
