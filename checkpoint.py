@@ -25,8 +25,8 @@ def save(path: Path, state: dict):
         reason = next((x for x in (e, e.__cause__, e.__context__) if isinstance(x, OSError)), None)
         if reason is None and not str(e).startswith("[enforce fail at inline_container"):
             raise
-        kept = f"; the previous {path.name} is intact" if path.exists() else ""
-        raise UserError(f"cannot save {path}: {reason.strerror if reason else 'the write failed'}{kept}. Make room and use --init_from=resume") from e
+        remedy = f"; the previous {path.name} is intact. Make room and use --init_from=resume" if path.exists() else ". Make room first"
+        raise UserError(f"cannot save {path}: {reason.strerror if reason else 'the write failed'}{remedy}") from e
 
 
 def read(path: Path) -> dict:

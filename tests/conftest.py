@@ -1,0 +1,72 @@
+"""Shared by the tests: small runs in this process or in one of their own, and a small corpus."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
+torch.set_num_threads(1)
+
+import config as options  # noqa: E402
+from data.text import DataError  # noqa: E402
+
+SMALL = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --eval_iters=2 --device=cpu".split()
+TIMING = {"elapsed_s", "tokens_per_s", "ms_per_step", "peak_memory_mb", "mfu"}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """The options for a text of 6,000 characters, some of them not ASCII."""
+    folder = tmp_path_factory.mktemp("corpus")
+    line = "Préconditioned attention {} divides each row of {} by its length;\nnothing else {} changes.\n"
+    text = "".join(line.format(i * i % 97, chr(97 + i % 26), i % 13) for i in range(75))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    return [f"--dataset={folder / 'text.txt'}", f"--data_dir={folder / 'data'}"]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(module, *arguments) runs a script's main as the command line would -> (exit code, standard output, standard error)."""
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            options.run(module.main, DataError)
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        return code, out, err
+    return run
+
+
+def error(result) -> str:
+    """The one line that a user's mistake ends in."""
+    code, _, err = result
+    lines = err.strip().splitlines()
+    assert code == 2 and len(lines) == 1 and ".py: error: " in lines[0], result
+    return lines[0]
+
+
+def shell(*command, check=True, **env) -> subprocess.CompletedProcess:
+    """Run a command in the project's root; words ending in .py follow this Python."""
+    words = [sys.executable, *map(str, command)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | env, timeout=300)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def torchrun(processes: int, *command, **kwargs) -> subprocess.CompletedProcess:
+    return shell("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command, **kwargs)
+
+
+def read_metrics(folder) -> list[dict]:
+    """The records of a run without those that measure time or memory."""
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]

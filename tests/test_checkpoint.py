@@ -1,0 +1,69 @@
+"""checkpoint.py: atomic saving, and reading that executes nothing."""
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import checkpoint
+from config import UserError
+from conftest import ROOT
+
+
+def test_round_trip(tmp_path):
+    state = {"model": {"w": torch.randn(3)}, "config": {"n_head": 2}, "best": None, "ranks": [{"random": torch.get_rng_state()}]}
+    checkpoint.save(tmp_path / "c.pt", state)
+    read = checkpoint.read(tmp_path / "c.pt")
+    assert torch.equal(read["model"]["w"], state["model"]["w"]) and read["config"] == {"n_head": 2} and read["best"] is None
+    assert os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_failing_write_leaves_the_previous_checkpoint(tmp_path):
+    """A file-size limit makes the operating system refuse the write, as a full disk does."""
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"step": 1})
+    script = ("import torch, pathlib, sys, checkpoint, config\n"
+              "config.run(lambda: checkpoint.save(pathlib.Path(sys.argv[1]), {'step': 2, 'w': torch.zeros(100_000)}))")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
+    done = subprocess.run([sys.executable, "-c", script, path], cwd=ROOT, preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "the previous c.pt is intact" in done.stderr
+    assert checkpoint.read(path) == {"step": 1} and os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_truncated(tmp_path):
+    checkpoint.save(tmp_path / "c.pt", {"w": torch.zeros(1000)})
+    whole = (tmp_path / "c.pt").read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 10):
+        (tmp_path / "c.pt").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="not a readable checkpoint|is refused"):
+            checkpoint.read(tmp_path / "c.pt")
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_pickle_payload_is_never_executed(tmp_path):
+    torch.save({"config": Payload(str(tmp_path / "executed"))}, tmp_path / "c.pt")
+    with pytest.raises(UserError, match="is refused"):
+        checkpoint.read(tmp_path / "c.pt")
+    assert not (tmp_path / "executed").exists()
+    torch.load(tmp_path / "c.pt", weights_only=False)  # the payload does work
+    assert (tmp_path / "executed").exists()
+
+
+def test_missing(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint .*c.pt: train first"):
+        checkpoint.read(tmp_path / "c.pt")
+
+
+def test_weights_of_another_shape():
+    with pytest.raises(UserError, match="run.pt does not fit this model: .*weight"):
+        checkpoint.load_weights(torch.nn.Linear(2, 3), torch.nn.Linear(2, 4).state_dict(), "run.pt")
