@@ -1,10 +1,11 @@
-"""The Transformer: GPT-2's architecture (pre-norm, learned positions, tanh GELU, tied head) with preconditioned attention.
+"""The Transformer: GPT-2's architecture (pre-norm, learned positions, tanh GELU) with preconditioned attention.
 
 Radford et al. 2019; the preconditioner is in precond.py, the mechanisms are in attention.py. `Block` serves causal models and encoders.
 Shapes: B sequences, T tokens, C = n_embd channels, head_dim = C / n_head.
 """
 import math
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -25,20 +26,26 @@ class ModelConfig:
     n_inner: Annotated[int, "width of the feed-forward layer; 0: 4 n_embd", "fixed"] = 0
     dropout: Annotated[float, "dropout probability"] = 0.0
     bias: Annotated[bool, "biases in linear layers and layer norms", "fixed"] = False
-    attention: Annotated[Literal["softmax"], "attention mechanism", "fixed"] = "softmax"
+    attention: Annotated[Literal["softmax", "nystrom", "linear"], "attention mechanism; nystrom is for encoders", "fixed"] = "softmax"
+    landmarks: Annotated[int, "landmarks of nystrom attention", "fixed"] = 64
+    conv_kernel_size: Annotated[int, "tokens under nystrom's convolution skip, an odd number; 0: no skip", "fixed"] = 35
     precond: Annotated[bool, "precondition each head's output: row i times ||A_i||^-precond_power"] = False
     precond_grad: Annotated[bool, "let the gradient flow through the norms (the paper: no)"] = False
     precond_eps: Annotated[float, "added to the norms"] = 1e-8
     precond_power: Annotated[float, "1: the paper's; 0: plain attention; 0.5: half-way"] = 1.0
+    precond_skip: Annotated[Literal["before", "after"], "precondition the attention product before or after nystrom's convolution skip "
+                                                        "is added to it"] = "before"
 
     def __post_init__(self):
-        for name in ("block_size", "n_layer", "n_head", "n_embd"):
+        for name in ("block_size", "n_layer", "n_head", "n_embd", "landmarks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}: choose a divisor of {self.n_embd}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        if self.conv_kernel_size < 0 or self.conv_kernel_size and self.conv_kernel_size % 2 == 0:
+            raise ValueError(f"conv_kernel_size={self.conv_kernel_size} must be odd, or 0 for no convolution skip")
 
 
 class KVCache:
@@ -61,8 +68,15 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, causal: bool):
         super().__init__()
+        if causal and config.attention == "nystrom":
+            raise ValueError("attention=nystrom is not causal: its landmarks average over future tokens, so a language model would see "
+                             "what it has to predict. Use softmax or linear")
         self.layer, self.causal, self.n_head, self.dropout = layer, causal, config.n_head, config.dropout
-        self.mechanism = attention.MECHANISMS[config.attention]
+        self.mechanism, self.skip, self.skip_first = attention.MECHANISMS[config.attention], None, config.precond_skip == "after"
+        if config.attention == "nystrom":
+            self.mechanism = partial(attention.nystrom, landmarks=config.landmarks)
+            if size := config.conv_kernel_size:  # over time, for each head
+                self.skip = nn.Conv2d(self.n_head, self.n_head, (size, 1), padding=(size // 2, 0), groups=self.n_head, bias=False)
         self.C = dict(grad=config.precond_grad, eps=config.precond_eps, power=config.precond_power if config.precond else 0.0)
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -73,7 +87,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         a = self.mechanism(q, k, v, mask, is_causal=self.causal and T > 1, dropout_p=self.dropout if self.training else 0.0)
+        if self.skip is not None:
+            skip = self.skip(v if mask is None else v * mask[:, None, :, None])
+            a = a + skip if self.skip_first else a
         a = precondition(a, **self.C)  # (B, n_head, T, head_dim); power 0 is A itself
+        if self.skip is not None and not self.skip_first:
+            a = a + skip
         a = a.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.proj(a), self.dropout, self.training)
 
@@ -103,17 +122,16 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT(nn.Module):
-    """A causal language model over `vocab_size` tokens."""
+class Transformer(nn.Module):
+    """What the language model and the classifier share: embeddings, blocks, final norm, initialisation."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int):
+    def __init__(self, config: ModelConfig, vocab_size: int, causal: bool):
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
+        self.config = config
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, layer, causal=True) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer, causal) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.init_weights()
 
     def init_weights(self):
         """GPT-2's: N(0, 0.02), biases 0, projections into the residual stream smaller by sqrt(2 n_layer)."""
@@ -124,6 +142,35 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def encode(self, idx, mask=None, cache: KVCache | None = None):
+        """Tokens (B, T) -> (B, T, C), before the final norm. Raises ValueError for more tokens than block_size."""
+        T, start = idx.size(1), cache.length if cache is not None else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f"{start + T} tokens do not fit into block_size={self.config.block_size}")
+        x = self.wte(idx) + self.wpe.weight[start:start + T]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.blocks:
+            x = block(x, mask, cache)
+        return x
+
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self) -> float:
+        """Of one training step: 6 per weight of a matrix product (2 forward, 4 backward), and 12 C a layer for each column of the
+        attention matrix: T of them for softmax, 2 x landmarks for nystrom, head_dim for linear."""
+        c = self.config
+        columns = {"softmax": c.block_size, "nystrom": 2 * c.landmarks, "linear": c.n_embd // c.n_head}[c.attention]
+        return 6 * (self.n_parameters() - self.wpe.weight.numel()) + 12 * c.n_layer * c.n_embd * columns
+
+
+class GPT(Transformer):
+    """A causal language model over `vocab_size` tokens; the head is the embedding."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__(config, vocab_size, causal=True)
+        self.init_weights()
+
     @classmethod
     def from_checkpoint(cls, saved: dict) -> "GPT":
         """The model of a train.py checkpoint, in evaluation mode, on the CPU."""
@@ -131,30 +178,42 @@ class GPT(nn.Module):
         model.load_state_dict(saved["model"])
         return model.eval()
 
-    def n_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    def flops_per_token(self) -> float:
-        """Of one training step: 6 per weight of a matrix product (2 forward, 4 backward), and 12 T C a layer for Q K^T and A V."""
-        return 6 * (self.n_parameters() - self.wpe.weight.numel()) + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
-
     def forward(self, idx, targets=None, cache: KVCache | None = None):
         """Tokens (B, T) -> logits (B, T, vocab_size) and, with targets (B, T), the mean cross entropy in nats (else None).
 
         With a cache, idx follows the tokens in it (several at once only into an empty one) and the logits are the last token's, (B, 1, V).
         """
-        T, start = idx.size(1), cache.length if cache is not None else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit into block_size={self.config.block_size}")
-        if start and T > 1:
-            raise ValueError(f"{T} tokens at once after {start} cached ones: feed them one by one")
-        x = self.wte(idx) + self.wpe.weight[start:start + T]  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.blocks:
-            x = block(x, cache=cache)
+        if cache is not None and cache.length and idx.size(1) > 1:
+            raise ValueError(f"{idx.size(1)} tokens at once after {cache.length} cached ones: feed them one by one")
+        x = self.encode(idx, cache=cache)
         if cache is not None:
-            cache.length += T
+            cache.length += idx.size(1)
             x = x[:, -1:]
         logits = F.linear(self.ln_f(x), self.wte.weight)
         loss = None if targets is None else F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
         return logits, loss
+
+
+class Classifier(Transformer):
+    """An encoder for sequences of class 0 ... n_classes - 1: mean over real tokens, then a two-layer head.
+
+    towers=2 classifies pairs: both are encoded with the same weights, as a and b, and the head sees [a, b, a * b, a - b].
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, n_classes: int, towers: int = 1):
+        super().__init__(config, vocab_size, causal=False)
+        width, inner = config.n_embd * (4 if towers == 2 else 1), config.n_inner or 4 * config.n_embd
+        self.head = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, n_classes))
+        self.init_weights()
+
+    def forward(self, x, mask, y=None):
+        """Tokens and mask (B, T), or (B, 2, T) for pairs -> logits (B, n_classes) and, with labels y (B), the mean cross entropy."""
+        T = x.size(-1)
+        h = self.ln_f(self.encode(x.view(-1, T), mask.view(-1, T)))  # (B or 2 B, T, C)
+        weight = mask.view(-1, T, 1)
+        h = (h * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        if x.dim() == 3:
+            a, b = h.view(-1, 2, h.size(-1)).unbind(dim=1)
+            h = torch.cat([a, b, a * b, a - b], dim=-1)
+        logits = self.head(h)
+        return logits, None if y is None else F.cross_entropy(logits, y)

