@@ -30,10 +30,10 @@ def run(main, *errors: type[Exception]):
         sys.exit(130)
 
 
-def parse(cls: type, argv: list[str], doc: str, positional: str | None = None) -> tuple[Any, dict[str, Any]]:
+def parse(cls: type, argv: list[str], doc: str) -> tuple[Any, dict[str, Any]]:
     """-> (an instance of the dataclass `cls`, {option: value} of those typed on the command line).
 
-    A first argument without dashes is a preset (ends in .toml) or, where `positional` names an option, that option's value.
+    An argument without dashes is a preset, a TOML file.
     --help prints `doc` and all options and exits. Raises UserError for an unknown option or a bad value.
     """
     fields = options(cls)
@@ -47,8 +47,6 @@ def parse(cls: type, argv: list[str], doc: str, positional: str | None = None) -
         if not word.startswith("--"):
             if word.endswith(".toml"):
                 preset |= read_toml(Path(word), fields)
-            elif positional and positional not in typed:
-                typed[positional] = convert(positional, word, fields[positional].type)
             else:
                 raise UserError(f"unexpected argument {word!r}: give a preset (config/NAME.toml) and --key=value options; see --help")
             continue

@@ -76,12 +76,12 @@ class TrainerConfig:
         return self.batch_size * self.gradient_accumulation_steps
 
 
-def open_run(cls: type, argv: list[str], doc: str, positional: str | None = None) -> tuple[Any, dict, dict | None]:
+def open_run(cls: type, argv: list[str], doc: str) -> tuple[Any, dict, dict | None]:
     """-> (configuration, options typed in `argv`, checkpoint to go on from or None). Raises UserError.
 
     Resuming starts from the checkpoint's configuration, and only typed options override it. eval_only reads the best checkpoint.
     """
-    config, typed = options.parse(cls, argv, doc, positional)
+    config, typed = options.parse(cls, argv, doc)
     folder = Path(config.out_dir)
     exists = (folder / "ckpt.pt").exists()
     read = config.init_from == "resume" or (config.init_from == "auto" and exists) or (config.eval_only and config.init_from == "scratch")

@@ -22,8 +22,8 @@ class Example:
             raise ValueError(f"width={self.width} must be at least 1")
 
 
-def parse(*argv, positional=None):
-    return options.parse(Example, list(argv), "Doc.", positional)
+def parse(*argv):
+    return options.parse(Example, list(argv), "Doc.")
 
 
 @pytest.mark.parametrize("argv, expected", [
@@ -52,10 +52,6 @@ def test_preset_lies_between_defaults_and_command_line(tmp_path):
     preset.write_text("width = 3\nrate = 2\n")
     config, typed = parse(str(preset), "--rate=5")
     assert (config.width, config.rate, config.name, typed) == (3, 5.0, "x", {"rate": 5.0})
-
-
-def test_positional_names_an_option():
-    assert parse("listops", "--width=2", positional="name")[1] == {"name": "listops", "width": 2}
 
 
 @pytest.mark.parametrize("argv, words", [
