@@ -23,7 +23,7 @@ def precondition(a: torch.Tensor, *, grad: bool = False, eps: float = 1e-8, powe
     """C A for head outputs `a` of shape (..., T, D); same shape and dtype, norms in fp32 (fp64 for fp64 input).
 
     grad=False (the paper's recipe) detaches the norms: C is a constant in the backward pass. power=0 returns `a` itself.
-    A zero row stays zero and gets a zero gradient.
+    A zero row stays zero and gets a zero gradient: values that start at exactly 0 (DETR's first decoder self-attention) stay there.
     """
     if power == 0:
         out = a
@@ -152,9 +152,9 @@ def check(model: torch.nn.Module, *args, **inputs) -> int:
                 hook.remove()
     n = count()
     if not n:
-        raise RuntimeError(f"no attention call of {type(model).__name__} was preconditioned: it does not go through scaled_dot_product_attention or "
-                           "transformers' attention interface, or was built without attn_implementation='preconditioned' and runs outside "
-                           "precondition_sdpa(), or power is 0; call precond.precondition on its head outputs instead")
+        raise RuntimeError(f"no attention call of {type(model).__name__} was preconditioned: give it attn_implementation='preconditioned' "
+                           "or run it inside precondition_sdpa(), with a power other than 0; a model whose attention uses neither "
+                           "transformers' interface nor scaled_dot_product_attention needs precond.precondition in its own code")
     if missed := [name for name, unreached in silent.items() if unreached]:
         warnings.warn(f"{n} attention calls of {type(model).__name__} were preconditioned, but none in {', '.join(missed)}", stacklevel=2)
     return n

@@ -19,7 +19,8 @@ from model import GPT, ModelConfig
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 SHAPES = {"n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "vocab_size": "vocab_size"}
-MODULES = {"ln_1": "ln_1", "attn.c_attn": "attn.qkv", "attn.c_proj": "attn.proj", "ln_2": "ln_2", "mlp.c_fc": "mlp.fc", "mlp.c_proj": "mlp.proj"}
+MODULES = {"ln_1": "ln_1", "attn.c_attn": "attn.qkv", "attn.c_proj": "attn.proj",
+           "ln_2": "ln_2", "mlp.c_fc": "mlp.fc", "mlp.c_proj": "mlp.proj"}
 # What model.GPT computes: config key -> (its default in transformers, the values that mean this architecture).
 # reorder_and_upcast_attn is free: it changes the order of the same operations. gelu_pytorch_tanh is gelu_new's formula.
 ARCHITECTURE = {
@@ -84,12 +85,13 @@ def _shapes(path: Path) -> dict:
     config = _read_json(path)
     for key, (default, allowed) in ARCHITECTURE.items():
         if config.get(key, default) not in allowed:
-            raise UserError(f"{path}: {key}={config.get(key)!r} is not GPT-2 as model.py builds it ({key}={allowed[0]!r}): use another model")
+            raise UserError(f"{path}: {key}={config.get(key)!r}, but model.py computes {key}={allowed[0]!r}: use another model")
     for key in SHAPES:
         if type(config.get(key)) is not int or config[key] < 1:
             raise UserError(f"{path}: {key}={config.get(key)!r} must be a positive integer")
     if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise UserError(f"{path}: n_inner={config['n_inner']} is not 4 * n_embd = {4 * config['n_embd']}, the MLP of model.py: use another model")
+        raise UserError(f"{path}: n_inner={config['n_inner']}, but model.py computes "
+                        f"n_inner=4 * n_embd={4 * config['n_embd']}: use another model")
     if config["n_embd"] % config["n_head"]:
         raise UserError(f"{path}: n_head={config['n_head']} does not divide n_embd={config['n_embd']}")
     return {ours: config[theirs] for theirs, ours in SHAPES.items()} | {"bias": True}

@@ -1,0 +1,352 @@
+"""The drop-ins on small random models of transformers and torch.nn: each output projection gets C A, and a no-op is an error."""
+import copy
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import precond
+from model import GPT, ModelConfig
+
+WIDTH, HEADS, VOCAB = 32, 4, 50
+
+
+@pytest.fixture(scope="module")
+def tf():
+    transformers = pytest.importorskip("transformers", reason="pip install -r requirements-extra.txt")
+    precond.register_transformers()
+    precond.register_transformers("flow", grad=True)
+    precond.register_transformers("half", power=0.5, eps=0.0)
+    precond.register_transformers("plain", power=0.0)
+    return transformers
+
+
+def ids(*shape):
+    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(1))
+
+
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+def boxes():
+    target = dict(class_labels=torch.tensor([0, 1]), boxes=torch.tensor([[0.5, 0.5, 0.2, 0.3], [0.2, 0.3, 0.1, 0.1]]))
+    return [copy.deepcopy(target) for _ in range(2)]
+
+
+def make(tf, kind, implementation="preconditioned", seed=0):
+    """-> (model, inputs with labels, what the names of the output projections end in, attention calls a pass)."""
+    text = dict(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    small = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=WIDTH)
+    lm = dict(input_ids=ids(2, 10), labels=ids(2, 10))
+    if kind == "gpt2":
+        cls, inputs, projection, calls = tf.GPT2LMHeadModel, lm, "attn.c_proj", 2
+        config = tf.GPT2Config(n_positions=32, n_layer=2, n_head=HEADS, n_embd=WIDTH, initializer_range=0.3, **text)
+    elif kind == "llama":
+        cls = tf.LlamaForCausalLM
+        config = tf.LlamaConfig(num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.3, **small, **text)
+        inputs, projection, calls = lm, "o_proj", 2
+    elif kind == "bert":
+        cls, config = tf.BertForMaskedLM, tf.BertConfig(max_position_embeddings=32, **small, **text)
+        inputs, projection, calls = lm, "attention.output.dense", 2
+    elif kind == "vit":
+        cls, config = tf.ViTForImageClassification, tf.ViTConfig(image_size=32, patch_size=8, num_labels=3, **small)
+        inputs, projection, calls = dict(pixel_values=images(), labels=torch.tensor([0, 2])), "attention.o_proj", 2
+    elif kind == "yolos":
+        cls = tf.YolosForObjectDetection
+        config = tf.YolosConfig(image_size=[32, 32], patch_size=8, num_detection_tokens=5, **small)
+        inputs, projection, calls = dict(pixel_values=images(), labels=boxes()), "attention.output.dense", 2
+    elif kind == "detr":
+        backbone = tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"])
+        cls = tf.DetrForObjectDetection
+        config = tf.DetrConfig(backbone_config=backbone, d_model=WIDTH, encoder_layers=2, decoder_layers=2, encoder_attention_heads=HEADS,
+                               decoder_attention_heads=HEADS, encoder_ffn_dim=WIDTH, decoder_ffn_dim=WIDTH, num_queries=5)
+        inputs, projection, calls = dict(pixel_values=images(), labels=boxes()), "o_proj", 6
+    elif kind == "eomt":
+        cls = tf.EomtForUniversalSegmentation
+        config = tf.EomtConfig(hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=HEADS, image_size=32, patch_size=8,
+                               num_upscale_blocks=1, num_blocks=1, num_queries=5, num_register_tokens=1, mlp_ratio=2)
+        masks = torch.zeros(2, 32, 32)
+        masks[0, 4:20, 4:20] = masks[1, 16:, :] = 1
+        inputs = dict(pixel_values=images(), mask_labels=[masks, masks], class_labels=[torch.tensor([0, 1])] * 2)
+        projection, calls = "attention.out_proj", 3
+    elif kind == "fnet":
+        cls, inputs, projection, calls = tf.FNetForMaskedLM, lm, None, 0
+        config = tf.FNetConfig(hidden_size=WIDTH, num_hidden_layers=1, intermediate_size=WIDTH, max_position_embeddings=32, **text)
+    elif kind == "bloom":
+        cls, inputs, projection, calls = tf.BloomForCausalLM, lm, None, 0
+        config = tf.BloomConfig(hidden_size=WIDTH, n_layer=1, n_head=HEADS, **text)
+    elif kind == "gpt_oss":
+        cls, inputs, projection, calls = tf.GptOssForCausalLM, lm, None, 0
+        config = tf.GptOssConfig(num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=32,
+                                 **small, **text)
+    torch.manual_seed(seed)
+    return cls._from_config(config, attn_implementation=implementation), inputs, projection, calls
+
+
+def head_outputs(model, projection, inputs):
+    """(output, {name: what enters the output projection, (B, T, n_head, head_dim)}) of a forward pass."""
+    seen, hooks = {}, []
+    for name, module in model.named_modules():
+        if name.endswith(projection):
+            def keep(_, args, name=name):
+                seen[name] = args[0].unflatten(-1, (HEADS, -1))
+
+            hooks.append(module.register_forward_pre_hook(keep))
+    output = model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return output, seen
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert", "vit", "yolos", "detr", "eomt"])
+def test_transformers_models(tf, kind):
+    if kind in ("yolos", "detr", "eomt"):
+        pytest.importorskip("scipy", reason="pip install -r requirements-extra.txt")  # the matching in their losses
+    model, inputs, projection, calls = make(tf, kind)
+    assert precond.check(model.eval(), **inputs) == precond.check(model.train(), **inputs) == calls
+
+    output, heads = head_outputs(model, projection, inputs)
+    for a in heads.values():  # in training, dropout can take all that a token attends to
+        norm = a.norm(dim=-1)
+        assert ((norm == 0) | ((norm - 1).abs() < 1e-5)).all()
+    output.loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert output.loss.isfinite() and all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
+
+    plain, *_ = make(tf, kind, "plain")
+    with torch.no_grad():
+        a = head_outputs(plain.eval(), projection, inputs)[1]
+        b = head_outputs(model.eval(), projection, inputs)[1]
+    assert len(b) == calls
+    for name, rows in b.items():
+        zero = name == "model.decoder.layers.0.self_attn.o_proj"  # DETR's decoder starts from zeros, and biases from 0
+        torch.testing.assert_close(rows.norm(dim=-1), torch.full(rows.shape[:-1], 0.0 if zero else 1.0), atol=1e-5, rtol=0)
+    first = next(iter(a))  # what precedes the first attention is the same in both
+    assert (a[first].norm(dim=-1) - 1).abs().max() > 0.1
+    torch.testing.assert_close(b[first], F.normalize(a[first], dim=-1), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
+def test_masks(tf, kind):
+    """Padding, on either side, does not change what real tokens get; in a causal model a later token changes no earlier output."""
+    model, *_ = make(tf, kind)
+    model.eval()
+    short, junk = ids(1, 6), torch.full((1, 3), 7)
+    alone = model(input_ids=short).logits
+    for side in ("left", "right"):
+        mask = torch.ones(1, 9, dtype=torch.long)
+        pad, real = (slice(0, 3), slice(3, 9)) if side == "left" else (slice(6, 9), slice(0, 6))
+        mask[:, pad] = 0
+        x = torch.cat([junk, short] if side == "left" else [short, junk], dim=1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        padded = model(input_ids=x, attention_mask=mask, position_ids=positions).logits
+        assert padded.isfinite().all()
+        torch.testing.assert_close(padded[:, real], alone, atol=1e-5, rtol=1e-5)
+    changed = short.clone()
+    changed[0, -1] = 3 if short[0, -1] != 3 else 4
+    difference = (model(input_ids=changed).logits - alone).abs().amax(dim=-1)[0]
+    assert difference[-1] > 1e-3
+    assert (difference[:-1] < 1e-6).all() if kind != "bert" else (difference[:-1] > 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_generation_with_a_cache_equals_without(tf, kind):
+    model, *_ = make(tf, kind)
+    model.eval()
+    prompt, mask = ids(2, 6), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    with precond.record() as calls:
+        cached = model.generate(prompt, use_cache=True, **options)
+    assert any(a.size(-2) == 1 for a, _ in calls) and torch.equal(cached, model.generate(prompt, use_cache=False, **options))
+    plain, *_ = make(tf, kind, "plain")
+    assert not torch.equal(cached, plain.eval().generate(prompt, **options))
+
+
+def test_options_of_registration(tf):
+    """power, eps and grad reach the formula; power 0 is transformers' own SDPA; each agrees with precondition_sdpa and its options."""
+    def step(implementation):
+        model, inputs, projection, _ = make(tf, "gpt2", implementation)
+        output, heads = head_outputs(model.eval(), projection, inputs)
+        output.loss.backward()
+        return output.logits.detach(), heads["transformer.h.0.attn.c_proj"].detach(), model.transformer.h[0].attn.c_attn.weight.grad
+
+    results = {name: step(name) for name in ("sdpa", "plain", "preconditioned", "flow", "half")}
+    a = results["sdpa"][1]
+    assert torch.equal(results["plain"][0], results["sdpa"][0])
+    torch.testing.assert_close(results["half"][1], a / a.norm(dim=-1, keepdim=True).sqrt(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(results["flow"][0], results["preconditioned"][0])
+    assert not torch.allclose(results["flow"][2], results["preconditioned"][2], rtol=1e-2)
+    for name, options in (("preconditioned", {}), ("flow", dict(grad=True)), ("half", dict(power=0.5, eps=0.0))):
+        with precond.precondition_sdpa(**options):
+            inside = step("sdpa")
+        for x, y in zip(inside, results[name]):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    with precond.precondition_sdpa(power=0.5, eps=0.0):  # a registered model inside: once, and not twice
+        assert torch.equal(step("half")[0], results["half"][0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_detr_trains_with_the_gradient_of_the_baseline(tf, seed):
+    """Its first decoder layer attends over zeros: 1/eps there made the gradient's norm 5e9. At initialisation and after a few steps."""
+    pytest.importorskip("scipy", reason="pip install -r requirements-extra.txt")
+    norms = {}
+    for implementation in ("plain", "preconditioned"):
+        model, inputs, *_ = make(tf, "detr", implementation, seed)
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4)
+        norms[implementation] = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(**inputs).loss.backward()
+            norms[implementation].append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.1)))
+            optimizer.step()
+    for plain, preconditioned in zip(*norms.values()):
+        assert 0.1 * plain < preconditioned < 10 * plain
+
+
+@pytest.mark.parametrize("kind", ["fnet", "bloom"])
+def test_models_that_take_any_name_and_ignore_it_are_errors(tf, kind):
+    model, inputs, *_ = make(tf, kind)
+    with pytest.raises(RuntimeError, match=f"no attention call of {type(model).__name__} was preconditioned"):
+        precond.check(model, **inputs)
+    with precond.precondition_sdpa(), pytest.raises(RuntimeError, match="no attention call"):
+        precond.check(model, **inputs)
+
+
+def test_attention_that_sdpa_cannot_compute_is_an_error(tf):
+    model, inputs, *_ = make(tf, "gpt_oss")
+    with pytest.raises(ValueError, match="GptOssAttention passes s_aux"):
+        model(**inputs)
+
+
+def test_without_preconditioning_check_raises(tf):
+    for implementation in ("sdpa", "eager", "plain"):
+        model, inputs, *_ = make(tf, "gpt2", implementation)
+        with pytest.raises(RuntimeError, match="no attention call of GPT2LMHeadModel"):
+            precond.check(model, **inputs)
+
+
+def test_register_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="^register_transformers needs transformers: pip install -r requirements-extra.txt$"):
+        precond.register_transformers()
+
+
+def own(**options):
+    return GPT(ModelConfig(block_size=8, n_layer=3, n_head=2, n_embd=16, **options), vocab_size=VOCAB)
+
+
+def test_check_on_our_model():
+    assert precond.check(own(precond=True), ids(2, 8)) == 3
+    for options in (dict(), dict(precond=True, precond_power=0.0)):
+        with pytest.raises(RuntimeError, match="no attention call of GPT "):
+            precond.check(own(**options), ids(2, 8))
+
+
+def encoder_layer():
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(WIDTH, HEADS, dim_feedforward=WIDTH, batch_first=True, dropout=0.0)
+
+
+def reference(layer, x):
+    """nn.TransformerEncoderLayer (post-norm) with preconditioned attention, in explicit operations."""
+    qkv = F.linear(x, layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias)
+    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
+    a = (q @ k.mT / q.size(-1) ** 0.5).softmax(-1) @ v
+    a = a / a.norm(dim=-1, keepdim=True)
+    x = layer.norm1(x + layer.self_attn.out_proj(a.transpose(1, 2).flatten(2)))
+    return layer.norm2(x + layer.linear2(F.relu(layer.linear1(x))))
+
+
+def test_encoder_layer_and_the_fused_inference_path():
+    """In evaluation without gradients torch runs a fused kernel that SDPA has no part in: precondition_sdpa turns it off inside."""
+    layer, x = encoder_layer(), torch.randn(2, 7, WIDTH)
+    expected = reference(layer, x)
+    for training in (True, False):
+        layer.train(training)
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), precond.precondition_sdpa():
+                assert precond.check(layer, x) == 1
+                torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        plain = layer(x)
+        assert (plain - expected).abs().max() > 0.1
+        with precond.precondition_sdpa():
+            torch.backends.mha.set_fastpath_enabled(True)
+            torch.testing.assert_close(layer(x), plain, atol=1e-5, rtol=1e-5)
+            with pytest.raises(RuntimeError, match="no attention call of TransformerEncoderLayer"):
+                precond.check(layer, x)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@torch.no_grad()
+def test_encoder_with_padding_in_evaluation():
+    """nn.TransformerEncoder would pack the batch into a nested tensor for the fused path."""
+    encoder = nn.TransformerEncoder(encoder_layer(), 2).eval()
+    x, padding = torch.randn(2, 7, WIDTH), torch.zeros(2, 7, dtype=torch.bool)
+    padding[0, 5:] = True
+    with precond.precondition_sdpa():
+        assert precond.check(encoder, x, src_key_padding_mask=padding) == 2
+        y = encoder(x, src_key_padding_mask=padding)
+    expected = x[:1, :5]
+    for layer in encoder.layers:
+        expected = reference(layer, expected)
+    torch.testing.assert_close(y[:1, :5], expected, atol=1e-5, rtol=1e-5)
+
+
+class Two(nn.Module):
+    """One attention that asks for its weights, which torch computes without SDPA, and one that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.MultiheadAttention(WIDTH, HEADS, batch_first=True) for _ in range(2))
+
+    def forward(self, x, first: bool, second: bool):
+        x = self.first(x, x, x, need_weights=first)[0]
+        return self.second(x, x, x, need_weights=second)[0]
+
+
+def test_multihead_attention_that_returns_its_weights_is_not_reached(recwarn):
+    model, x = Two(), torch.randn(2, 7, WIDTH)
+    with precond.precondition_sdpa():
+        assert precond.check(model, x, False, False) == 2
+        assert not [w for w in recwarn if "preconditioned" in str(w.message)]
+        with pytest.raises(RuntimeError, match="no attention call of Two"):
+            precond.check(model, x, True, True)
+        with pytest.warns(UserWarning, match="1 attention calls of Two were preconditioned, but none in first$"):
+            assert precond.check(model, x, True, False) == 1
+    assert not model.first._forward_hooks and not model.first._forward_pre_hooks
+
+
+def test_precondition_sdpa_nests_and_is_undone():
+    before = F.scaled_dot_product_attention
+    q, k, v = torch.randn(3, 2, HEADS, 5, 8)
+    a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    with pytest.raises(KeyError), precond.precondition_sdpa():
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, None, 0.0, True), F.normalize(a, dim=-1))
+        with precond.precondition_sdpa(power=0.5):
+            expected = a / a.norm(dim=-1, keepdim=True).sqrt()
+            torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, is_causal=True), expected)
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, is_causal=True), F.normalize(a, dim=-1))
+        raise KeyError
+    assert F.scaled_dot_product_attention is before and torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_compiled_model_is_reached():
+    """A graph compiled before the context, or before the recording, is not used inside it."""
+    class Attention(nn.Module):
+        def forward(self, x):
+            return F.scaled_dot_product_attention(x, x, x)
+
+    x = torch.randn(2, HEADS, 5, 8)
+    plain = F.scaled_dot_product_attention(x, x, x)
+    compiled = torch.compile(Attention(), backend="eager")
+    torch.testing.assert_close(compiled(x), plain)
+    with precond.precondition_sdpa():
+        torch.testing.assert_close(compiled(x), F.normalize(plain, dim=-1))
+        assert precond.check(compiled, x) == 1
+    torch.testing.assert_close(compiled(x), plain)
