@@ -1,0 +1,138 @@
+"""data/listops.py: trees against a recursive reference, their statistics against the published ones, and baselines by hand."""
+import random
+
+import numpy as np
+import pytest
+
+from data.listops import CLOSE, MAX, MED, MIN, SM, evaluate, generate, majority_baseline, root_baseline, to_text, tokenize
+from data.text import DataError
+
+
+def trees(tokens, offsets):
+    return [tokens[start:end] for start, end in zip(offsets[:-1], offsets[1:])]
+
+
+def read(symbols):
+    """Recursive reference: (value, depth, arguments of the widest operator, operators) of the tree that `symbols` starts with."""
+    symbol = symbols.pop(0)
+    if symbol.isdigit():
+        return int(symbol), 1, 0, 0
+    inner = []
+    while symbols[0] != "]":
+        inner.append(read(symbols))
+    symbols.pop(0)
+    values = sorted(value for value, *_ in inner)
+    n = len(values)
+    value = {"[MIN": values[0], "[MAX": values[-1], "[SM": sum(values) % 10,
+             "[MED": values[n // 2] if n % 2 else int((values[n // 2 - 1] + values[n // 2]) / 2)}[symbol]
+    assert n >= 2
+    return value, 1 + max(d for _, d, _, _ in inner), max(n, *(w for _, _, w, _ in inner)), 1 + sum(o for *_, o in inner)
+
+
+@pytest.fixture(scope="module")
+def full():
+    return generate(3000, seed=1, progress=False)
+
+
+def test_values_shapes_and_lengths_of_the_default_trees(full):
+    tokens, offsets, labels, _ = full
+    assert tokens.dtype == labels.dtype == np.uint8 and offsets.dtype == np.int64 and len(offsets) == len(labels) + 1 == 3001
+    deepest = widest = 0
+    for tree, label in list(zip(trees(tokens, offsets), labels))[:300]:
+        symbols = to_text(tree).split()
+        value, depth, arguments, operators = read(symbols)
+        digits = (tree < 10).sum()
+        assert not symbols and value == label == evaluate(tree)
+        assert len(tree) == digits + 2 * operators and 500 < len(tree) < 2000
+        deepest, widest = max(deepest, depth), max(widest, arguments)
+    assert deepest == 10 and widest == 10
+
+
+def test_every_label_is_the_value(full):
+    tokens, offsets, labels, _ = full
+    assert [evaluate(tree) for tree in trees(tokens, offsets)] == labels.tolist()
+
+
+def test_statistics_are_the_published_ones(full):
+    """Within four standard errors (of these 3000) of acceptance 8.3%, mean length 1036, median 957, class 0 17.1%, class 9 16.6%."""
+    tokens, offsets, labels, stats = full
+    assert stats["acceptance"] == pytest.approx(0.083, abs=4 * (0.083 * 0.917 / stats["candidates"]) ** 0.5)
+    assert stats["mean_length"] == pytest.approx(1036, abs=4 * 394 / 3000**0.5) and stats["mean_length"] == np.diff(offsets).mean()
+    assert stats["median_length"] == pytest.approx(957, abs=45)
+    for digit, share in (0, 0.171), (9, 0.166):
+        assert (labels == digit).mean() == pytest.approx(share, abs=4 * (0.17 * 0.83 / 3000) ** 0.5)
+    assert root_baseline(full[:3], full[:3]) == pytest.approx(0.362, abs=4 * (0.36 * 0.64 / 3000) ** 0.5)
+
+
+def test_small_trees_follow_the_recursive_distribution():
+    """Shares of lengths and of roots, against trees that a recursion draws one by one."""
+    source = random.Random(0)
+
+    def draw(depth):
+        if depth < 4 and source.random() < 0.25:
+            return [source.choice("abcd"), *(draw(depth + 1) for _ in range(source.randint(2, 3)))]
+        return source.randrange(10)
+
+    def size(tree):
+        return 2 + sum(map(size, tree[1:])) if isinstance(tree, list) else 1
+
+    reference = [tree for tree in (draw(1) for _ in range(200_000)) if 7 < size(tree) < 30]
+    tokens, offsets, _, stats = generate(10_000, max_depth=4, max_args=3, min_length=7, max_length=30, seed=3, progress=False)
+    assert stats["acceptance"] == pytest.approx(len(reference) / 200_000, rel=0.04) and stats["duplicates"] < 100
+    ours, theirs = np.diff(offsets), np.array([size(tree) for tree in reference])
+    assert ours.min() == 8 and ours.max() == 29
+    for length in range(8, 20):
+        share = (theirs == length).mean()
+        error = (share * (1 - share) * (1 / 10_000 + 1 / len(theirs))) ** 0.5
+        assert (ours == length).mean() == pytest.approx(share, abs=4 * error + 0.003)  # 0.003: ours are distinct
+    roots = np.bincount(tokens[offsets[:-1]], minlength=15)
+    assert roots[[MIN, MAX, MED, SM]].sum() == 10_000 and abs(roots[[MIN, MAX, MED, SM]] / 10_000 - 0.25).max() < 0.02
+
+
+def test_seeded_distinct_and_excluding():
+    options = dict(min_length=2, max_length=12, max_depth=3, max_args=3, progress=False)
+    first = generate(3000, seed=5, **options)
+    assert all((a == b).all() for a, b in zip(first[:3], generate(3000, seed=5, **options)[:3]))
+    ours = {tree.tobytes() for tree in trees(*first[:2])}
+    assert len(ours) == 3000 and first[3]["duplicates"] > 0
+    other = {tree.tobytes() for tree in trees(*generate(3000, seed=6, exclude=ours, **options)[:2])}
+    assert len(other) == 3000 and not ours & other
+    assert {tree.tobytes() for tree in trees(*generate(3000, seed=6, **options)[:2])} & ours
+
+
+def test_text_and_tokens():
+    tokens = tokenize("( ( ( [MAX 3 ) ( ( ( [MED 4 ) 9 ) ] ) ) ] )\r")
+    assert tokens.tolist() == [MAX, 3, MED, 4, 9, CLOSE, CLOSE] and tokens.dtype == np.uint8
+    assert to_text(tokens) == "[MAX 3 [MED 4 9 ] ]" and (tokenize(to_text(tokens)) == tokens).all()
+    for text, value in (("[MED 1 2 ]", 1), ("[MED 9 1 2 ]", 2), ("[MED 0 9 4 5 ]", 4), ("[SM 9 9 9 ]", 7), ("[MIN 3 [MAX 1 2 ] ]", 2),
+                        ("7", 7)):
+        assert evaluate(tokenize(text)) == value
+    with pytest.raises(DataError, match="unknown symbol '.AVG'"):
+        tokenize("( [AVG 3")
+    for text in "", "[MIN 3", "3 4", "[MIN ]", "3 ]":
+        with pytest.raises(DataError, match="not a ListOps expression"):
+            evaluate(tokenize(text))
+
+
+def test_baselines_by_hand():
+    def arrays(*samples):
+        tokens = [tokenize(text) for text, _ in samples]
+        return np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]), np.array([label for _, label in samples], np.uint8)
+
+    train = arrays(("[MIN 1 2 ]", 1), ("[MIN 1 3 ]", 1), ("[MIN 2 2 ]", 2), ("[MAX 9 1 ]", 9), ("[SM 1 1 ]", 2), ("[SM 2 0 ]", 2))
+    test = arrays(("[MIN 1 5 ]", 1), ("[MAX 0 8 ]", 8), ("[MAX 9 0 ]", 9), ("[MED 2 2 ]", 2))  # MED, unseen: train's most frequent, 2
+    assert root_baseline(train, test) == 3 / 4
+    assert majority_baseline(train[2], test[2]) == 1 / 4
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(max_args=1), "max_args=1 must be an integer of at least 2"),
+    (dict(min_length=10, max_length=11), "max_length=11 must be an integer of at least 12"),
+    (dict(max_depth=2.5), "max_depth=2.5"),
+    (dict(max_depth=1), "found 0 of 20 distinct trees with 500 < length < 2000"),
+    (dict(min_length=0, max_length=2), "found 10 of 20"),  # the ten digits
+])
+def test_impossible_options_are_one_line(options, words):
+    with pytest.raises(DataError, match=words) as error:
+        generate(20, seed=0, progress=False, **options)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,136 @@
+"""data/lra.py: prepared folders are complete and not mistaken for others, batches, and the command line."""
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_data_lra_sources import stored
+
+from data import listops
+from data.folders import ensure
+from data.lra import SPLITS, Split, load, main, prepare
+from data.text import DataError
+
+SMALL = dict(train=40, val=10, test=10, min_length=3, max_length=20, max_depth=4, max_args=3)
+
+
+def test_listops_generated_splits_share_no_tree(tmp_path):
+    few = dict(train=500, val=100, test=100, min_length=3, max_length=6, max_depth=2, max_args=3)  # of 4400 trees
+    result = stored(prepare("listops", tmp_path, generate=few))
+    assert [len(result[split]) for split in SPLITS] == [500, 100, 100]
+    assert len({tree for split in SPLITS for _, tree in result[split]}) == 700
+    assert all(listops.evaluate(list(tree)) == label for split in SPLITS for label, tree in result[split])
+    more = stored(prepare("listops", tmp_path, generate={**few, "train": 600}))
+    assert more["test"] == result["test"] and len(more["train"]) == 600
+
+
+def test_same_parameters_are_found_and_others_are_not_mistaken(tmp_path, capsys):
+    folder = prepare("listops", tmp_path, generate=SMALL)
+    assert capsys.readouterr().out.count("\n") == 2
+    written = (folder / "meta.json").stat().st_mtime_ns
+    assert prepare("listops", tmp_path, generate=dict(reversed(SMALL.items()))) == folder and capsys.readouterr().out == ""
+    assert (folder / "meta.json").stat().st_mtime_ns == written
+    others = [prepare("listops", tmp_path, generate=SMALL, seed=1), prepare("listops", tmp_path, generate=SMALL, block_size=10),
+              prepare("listops", tmp_path, generate={**SMALL, "max_depth": 3})]
+    assert len({folder, *others}) == 4
+    meta, splits = load(others[1])
+    assert sum(meta["cut"].values()) == sum((np.diff(split.arrays[1]) > 10).sum() for split in load(folder)[1].values()) > 0
+    assert np.diff(splits["train"].arrays[1]).max() == 10
+
+
+def test_an_interrupted_preparation_is_not_mistaken_for_a_finished_one(tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        yield "train", 1, b"\1\2"
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr("data.lra.samples", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare("listops", tmp_path, generate=SMALL)
+    assert not list(tmp_path.glob("lra*"))
+    left = tmp_path / ".tmp" / prepare("listops", tmp_path / "elsewhere", generate=SMALL).name
+    left.mkdir()  # as a killed process leaves it
+    (left / "train_labels.npy").write_bytes(b"rubbish")
+    assert len(stored(prepare("listops", tmp_path, generate=SMALL))["train"]) == 40 and not left.exists()
+
+
+def test_a_second_preparation_waits_for_the_first(tmp_path):
+    started, calls = threading.Event(), []
+
+    def fill(work):
+        calls.append(work)
+        started.set()
+        time.sleep(0.2)
+        return {}
+
+    first = threading.Thread(target=ensure, args=(tmp_path / "folder", fill))
+    first.start()
+    started.wait()
+    ensure(tmp_path / "folder", fill)
+    assert (tmp_path / "folder" / "meta.json").exists() and len(calls) == 1
+    first.join()
+
+
+def test_damaged_folder_is_noticed(tmp_path):
+    folder = prepare("listops", tmp_path, generate=SMALL)
+    tokens = folder / "val_tokens.npy"
+    tokens.write_bytes(tokens.read_bytes()[:-1])
+    with pytest.raises(DataError, match="val_tokens.npy has not the size"):
+        load(folder)
+    tokens.unlink()
+    with pytest.raises(DataError, match="prepare it again"):
+        load(folder)
+    with pytest.raises(DataError, match="not a prepared folder"):
+        load(tmp_path / "none")
+
+
+def test_batch_against_the_arrays(tmp_path):
+    split = load(prepare("listops", tmp_path, generate=SMALL))[1]["train"]
+    tokens, offsets, labels = split.arrays
+    indices = torch.tensor([5, 0, 39, 5])
+    x, mask, y = split.batch(indices)
+    lengths = np.diff(offsets)[[5, 0, 39, 5]]
+    assert (x.dtype, mask.dtype, y.dtype) == (torch.int64, torch.bool, torch.int64) and x.shape == mask.shape == (4, lengths.max())
+    assert mask.sum(1).tolist() == lengths.tolist() and y.tolist() == labels[[5, 0, 39, 5]].tolist()
+    for row, i in zip(x, indices):
+        assert row.tolist() == [*tokens[offsets[i]:offsets[i + 1]].tolist(), *[0] * (len(row) - offsets[i + 1] + offsets[i])]
+    assert isinstance(np.load(next(tmp_path.glob("lra*")) / "train_tokens.npy", mmap_mode="r"), np.memmap) and len(split) == 40
+    assert tokens.dtype == np.uint8 and isinstance(tokens.base, np.memmap)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["lisops"], "unknown task 'lisops': do you mean listops?"),
+    (["listops", "--block_size=0"], "block_size=0 must be at least 1"),
+    (["listops", "--generate", "train=0"], "train=0 must be a number of samples"),
+    (["listops", "--generate", "trees=5"], "no option trees=5; take train, val, test, max_depth"),
+    (["listops", "--generate", "max_args=1"], "max_args=1 must be"),
+    (["listops", "--generate", "max_args"], "takes NAME=NUMBER"),
+    (["image", "--generate", "train=5"], "train mean nothing here"),
+    (["listops", "--source=x", "--generate", "train=5"], "leave the source out"),
+    (["retrieval"], "download lra_release.gz (7.7 GiB) from https://github.com/google-research/long-range-arena"),
+    (["image"], "download cifar-10-python.tar.gz (163 MiB) from https://www.cs.toronto.edu"),
+])
+def test_mistakes_are_one_line_and_exit_2(tmp_path, capsys, arguments, words):
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, f"--data_dir={tmp_path}"])
+    assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot prepare listops in .*file"):
+        prepare("listops", tmp_path / "file", generate=SMALL)
+
+
+def test_command_line_as_a_script(tmp_path):
+    script = Path(__file__).parents[1] / "data" / "lra.py"
+    command = [sys.executable, str(script), "listops", "--data_dir", str(tmp_path), "--generate", *(f"{k}={v}" for k, v in SMALL.items())]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.splitlines()[2])
+    assert json.loads((folder / "meta.json").read_text())["counts"]["train"] == 40
+    assert "root operator" in done.stdout and isinstance(Split(folder, "val"), Split)

@@ -1,0 +1,351 @@
+"""data/lra_sources.py: each reader on a small archive of exactly the released form, made here, and the generated tasks, through prepare."""
+import io
+import os
+import struct
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import listops
+from data.lra import SPLITS, load, prepare
+from data.lra_sources import TASKS
+from data.text import DataError
+
+
+def archive(path, files, compress=True):
+    """A tar of {name: bytes}, folders and all."""
+    with tarfile.open(path, "w:gz" if compress else "w") as tar:
+        for name in sorted({str(parent) for name in files for parent in list(Path(name).parents)[:-1]}):
+            folder = tarfile.TarInfo(name)
+            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(folder)
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def unpack(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def stored(folder):
+    """{split: [(label, bytes of each tower, ...)]}, through Split.batch."""
+    _, splits = load(folder)
+    result = {}
+    for name, split in splits.items():
+        x, mask, y = split.batch(np.arange(len(split)))
+        x, mask = (a if a.dim() == 3 else a[:, None] for a in (x, mask))
+        assert not x[~mask].any()
+        result[name] = [(int(label), *(bytes(row[real].tolist()) for row, real in zip(*pair))) for *pair, label in zip(x, mask, y)]
+    return result
+
+
+# ListOps as released: header, CRLF, nested binary pairs
+
+
+def nested(text):
+    """`[MAX 3 4 ]` -> `( ( ( [MAX 3 ) 4 ) ] )`."""
+    def node(symbols):
+        symbol = symbols.pop(0)
+        if not symbol.startswith("["):
+            return symbol
+        while symbols[0] != "]":
+            symbol = f"( {symbol} {node(symbols)} )"
+        return f"( {symbol} {symbols.pop(0)} )"
+    return node(text.split())
+
+
+TREES = {"train": [("[MAX 3 4 ]", "4"), ("[MIN [SM 9 9 ] 9 1 ]", "1.0"), ("[MED 1 2 ]", "1")], "val": [("[SM 1 2 3 ]", "6")],
+         "test": [("[MAX 9 [MIN 0 1 ] ]", "9"), ("[MAX 1 2 ]", "2")]}
+
+
+def listops_files(prefix="lra_release/lra_release/", trees=TREES):
+    return {f"{prefix}listops-1000/basic_{split}.tsv":
+            ("Source\tTarget\r\n" + "".join(f"{nested(text)}\t{label}\r\n" for text, label in trees[split])).encode() for split in SPLITS}
+
+
+def test_listops_released(tmp_path):
+    assert nested("[MAX 3 4 ]") == "( ( ( [MAX 3 ) 4 ) ] )"
+    expected = {split: [(int(float(label)), listops.tokenize(text).tobytes()) for text, label in trees] for split, trees in TREES.items()}
+    others = {"lra_release/lra_release/tsv_data/readme.txt": b"text", "lra_release/my-listops-1000/basic_train.tsv": b"x"}
+    for source in (archive(tmp_path / "lra_release.gz", {**others, **listops_files()}),
+                   archive(tmp_path / "plain.tar", listops_files("./"), compress=False),
+                   unpack(tmp_path / "unpacked", listops_files()), tmp_path / "unpacked/lra_release/lra_release/listops-1000"):
+        folder = prepare("listops", tmp_path / "data", source=source)
+        assert stored(folder) == expected
+    meta, splits = load(folder)
+    assert meta["counts"] == {"train": 3, "val": 1, "test": 2} and meta["classes"] == 10 and meta["vocab_size"] == 15
+    assert meta["baselines"] == {"majority": {"val": 0, "test": 0}, "root": {"val": 0, "test": 0}}
+    assert splits["test"].labels.tolist() == [9, 2]
+
+
+def test_listops_of_two_copies_the_inner_folder_and_the_first_in_an_archive(tmp_path):
+    other = {split: [("[MAX 0 0 ]", "0")] for split in SPLITS}
+    both = {**listops_files("lra_release/", other), **listops_files()}
+    assert len(stored(prepare("listops", tmp_path, source=unpack(tmp_path / "unpacked", both)))["train"]) == 3
+    assert len(stored(prepare("listops", tmp_path, source=archive(tmp_path / "a.gz", both)))["train"]) == 1
+    half = {name: content for name, content in both.items() if name != "lra_release/listops-1000/basic_val.tsv"}
+    with pytest.raises(DataError, match="lacks listops-1000/basic_val.tsv"):  # never one copy's train with another's test
+        prepare("listops", tmp_path, source=archive(tmp_path / "half.gz", half))
+
+
+@pytest.mark.parametrize("line, words", [
+    ("( ( [MAX 3 ) ] )\t10", r"basic_val.tsv, line 2: label b'10' is not one of 0 to 9"),
+    ("( ( [MAX 3 ) ] )\t1.5", "line 2: label b'1.5'"),
+    ("( ( [MAX 3 ) ] )\tnan", "line 2: label b'nan'"),
+    ("( ( [AVG 3 ) ] )\t3", "line 2: .*unknown symbol"),
+    ("( ( [MAX 3 ) ] )", "line 2: expected an expression, a tab and a label"),
+])
+def test_listops_wrong_lines(tmp_path, line, words):
+    files = listops_files("")
+    files["listops-1000/basic_val.tsv"] = f"Source\tTarget\r\n{line}\r\n".encode()
+    with pytest.raises(DataError, match=words) as error:
+        prepare("listops", tmp_path / "data", source=unpack(tmp_path, files))
+    assert "\n" not in str(error.value) and not list((tmp_path / "data").glob("lra*"))
+
+
+def test_listops_missing_file_header_and_source(tmp_path):
+    files = listops_files("")
+    del files["listops-1000/basic_test.tsv"]
+    for source in unpack(tmp_path / "unpacked", files), archive(tmp_path / "archive.gz", files):
+        with pytest.raises(DataError, match=r"lacks listops-1000/basic_test.tsv.*lra_release.gz"):
+            prepare("listops", tmp_path, source=source)
+    files["listops-1000/basic_train.tsv"] = b"1\t2\r\n"
+    with pytest.raises(DataError, match="basic_train.tsv, line 1: expected the header"):
+        prepare("listops", tmp_path, source=unpack(tmp_path / "unpacked", files))
+    with pytest.raises(DataError, match="there is no .*nowhere"):
+        prepare("listops", tmp_path, source=tmp_path / "nowhere")
+
+
+# IMDb as released
+
+
+def imdb_files(n=20):
+    files = {"aclImdb/README": b"Large Movie Review Dataset", "aclImdb/train/unsup/0_0.txt": b"unlabelled",
+             "aclImdb/train/labeledBow.feat": b"9 0:9"}
+    for split in "train", "test":
+        for sentiment, rating in ("pos", 9), ("neg", 2):
+            for i in range(n // 2):
+                files[f"aclImdb/{split}/{sentiment}/{i}_{rating}.txt"] = f"{split} {sentiment} {i} caf\u00e9<br />".encode() * (1 + i)
+    return files
+
+
+def test_text_archive_and_folder_give_the_same(tmp_path):
+    files = imdb_files()
+    packed = prepare("text", tmp_path / "a", source=archive(tmp_path / "aclImdb_v1.tar.gz", dict(reversed(files.items()))), block_size=100)
+    unpack(tmp_path / "b", files)
+    found = prepare("text", tmp_path / "b", block_size=100)  # found in data_dir
+    result = stored(found)
+    assert result == stored(packed) and [len(result[split]) for split in SPLITS] == [18, 2, 20]
+    train = {name: content[:100] for name, content in files.items() if "train/pos" in name or "train/neg" in name}
+    expected = sorted((int("/pos/" in name), content) for name, content in train.items())
+    assert sorted(result["train"] + result["val"]) == expected
+    meta, _ = load(found)
+    assert meta["cut"]["test"] == sum(len(content) > 100 for name, content in files.items() if "/test/" in name) > 0
+    assert stored(prepare("text", tmp_path / "b", block_size=100, seed=1))["val"] != result["val"]
+
+
+def test_text_incomplete(tmp_path):
+    files = imdb_files()
+    files["aclImdb/test/neg/3_2.txt"] = b""
+    meta, splits = load(prepare("text", tmp_path / "data", source=unpack(tmp_path / "empty", files)))
+    assert len(splits["test"]) == 19 and meta["skipped"] == {"train": 0, "val": 0, "test": 1}
+    del files["aclImdb/test/neg/3_2.txt"]
+    with pytest.raises(DataError, match="test holds 10 positive and 9 negative"):
+        prepare("text", tmp_path / "data", source=archive(tmp_path / "a.tar.gz", files))
+    with pytest.raises(DataError, match=r"download aclImdb_v1.tar.gz \(80 MiB\) from https://ai.stanford.edu.* into .*data.*--source"):
+        prepare("text", tmp_path / "data")
+
+
+def test_truncated_and_broken_archives(tmp_path):
+    """Wherever it is cut off: in the middle of a member, or just short of the end."""
+    source = archive(tmp_path / "aclImdb_v1.tar.gz", {**imdb_files(), "aclImdb/zzz": os.urandom(5000)})
+    whole = source.read_bytes()
+    broken = whole[:2000] + b"\0" * 50 + whole[2050:]
+    for content in whole[:300], whole[:len(whole) // 2], whole[:-4], broken, b"", b"<html>not found</html>":
+        source.write_bytes(content)
+        with pytest.raises(DataError, match="aclImdb_v1.tar.gz is not a complete archive .*download it again") as error:
+            prepare("text", tmp_path / "data", source=source)
+        assert "\n" not in str(error.value)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".tmp"]
+
+
+# Retrieval as released
+
+
+def retrieval_files(lines=None):
+    lines = lines or [b"1.0\t12\t34\tfirst text\tsecond one", b"0\t5\t6\t\"quoted, not closed\t" + b"x" * 50, b"0.0\t5\t7\t\t\xff\xfe",
+                      b"1\t5\t7\ta\tb"]
+    return {f"lra_release/lra_release/tsv_data/new_aan_pairs.{name}.tsv": b"\n".join(lines) + b"\n" * (name != "eval")
+            for name in ("train", "eval", "test")}
+
+
+def test_retrieval(tmp_path):
+    folder = prepare("retrieval", tmp_path, source=archive(tmp_path / "lra_release.gz", retrieval_files()), block_size=20)
+    expected = [(1, b"first text", b"second one"), (0, b'"quoted, not closed', b"x" * 20), (1, b"a", b"b")]
+    assert stored(folder) == {split: expected for split in SPLITS}
+    meta, splits = load(folder)
+    assert meta["towers"] == 2 and meta["cut"]["val"] == meta["skipped"]["val"] == 1
+    x, mask, y = splits["val"].batch([2, 0])
+    assert x.shape == mask.shape == (2, 2, 10) and mask.sum(-1).tolist() == [[1, 1], [10, 10]] and y.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("line, words", [
+    (b"2\t1\t2\ta\tb", "new_aan_pairs.train.tsv, line 1: label b'2' is not one of 0 to 1"),
+    (b"1\t1\t2\ta", "line 1: expected label, id1, id2, text1, text2 with tabs between them, got 4 fields"),
+    (b"x" * 2000, "line longer than 1,000 bytes"),
+])
+def test_retrieval_wrong_lines(tmp_path, line, words, monkeypatch):
+    monkeypatch.setattr("data.lra_sources.LONGEST_LINE", 1000)
+    with pytest.raises(DataError, match=words):
+        prepare("retrieval", tmp_path, source=unpack(tmp_path, retrieval_files([line])))
+
+
+def test_retrieval_is_streamed(tmp_path):
+    """60 MB of pairs must not make the process 60 MB larger."""
+    line = b"1\t1\t2\t" + b"a" * 30_000 + b"\t" + b"b" * 30_000
+    source = unpack(tmp_path, retrieval_files([line]))
+    (source / "lra_release/lra_release/tsv_data/new_aan_pairs.train.tsv").write_bytes((line + b"\n") * 1000)
+    code = ("import resource, sys; from data.lra import prepare; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "before = peak(); prepare('retrieval', sys.argv[1], source=sys.argv[1]); print(peak() - before)")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert int(done.stdout.split()[-1]) < 30_000, done.stderr  # KiB
+
+
+# CIFAR-10 as released: pickles that Python 2 wrote, protocol 2
+
+
+def python2_batch(images, labels):
+    """Opcodes as cPickle of Python 2 writes them: byte strings, an array through numpy.core.multiarray._reconstruct."""
+    def string(s):
+        return b"U" + bytes([len(s)]) + s if len(s) < 256 else b"T" + struct.pack("<i", len(s)) + s
+
+    def integer(i):
+        return b"K" + bytes([i]) if i < 256 else b"M" + struct.pack("<H", i) if i < 65536 else b"J" + struct.pack("<i", i)
+
+    dtype = (b"cnumpy\ndtype\n" + string(b"u1") + integer(0) + integer(1) + b"\x87R(" + integer(3) + string(b"|") + b"NNN"
+             + 2 * b"J\xff\xff\xff\xff" + integer(0) + b"tb")
+    array = (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + integer(0) + b"\x85" + string(b"b") + b"\x87R(" + integer(1)
+             + integer(images.shape[0]) + integer(images.shape[1]) + b"\x86" + dtype + b"\x89" + string(images.tobytes()) + b"tb")
+    names = b"".join(string(b"%d.png" % i) for i in range(len(labels)))
+    return (b"\x80\x02}(" + string(b"batch_label") + string(b"training batch 1 of 5") + string(b"labels") + b"]("
+            + b"".join(map(integer, labels)) + b"e" + string(b"data") + array + string(b"filenames") + b"](" + names + b"eu.")
+
+
+def cifar(n=4):
+    random = np.random.default_rng(0)
+    names = TASKS["image"].parts
+    images = {name: random.integers(0, 256, (n, 3072), np.uint8) for name in names}
+    labels = {name: random.integers(0, 10, n).tolist() for name in names}
+    return images, labels, {f"cifar-10-batches-py/{name}": python2_batch(images[name], labels[name]) for name in names}
+
+
+def test_image(tmp_path):
+    images, labels, files = cifar()
+    backwards = {"cifar-10-batches-py/batches.meta": b"not read", **dict(reversed(files.items()))}
+    source = archive(tmp_path / "cifar-10-python.tar.gz", backwards)
+    result = stored(prepare("image", tmp_path / "a", source=source))
+    assert result == stored(prepare("image", tmp_path / "b", source=unpack(tmp_path, files)))
+    assert [len(result[split]) for split in SPLITS] == [18, 2, 4]
+
+    def grey(image):  # in whole thousandths, pixel by pixel
+        return bytes((299 * int(r) + 587 * int(g) + 114 * int(b)) // 1000 for r, g, b in zip(image[:1024], image[1024:2048], image[2048:]))
+
+    assert result["test"] == [(label, grey(image)) for image, label in zip(images["test_batch"], labels["test_batch"])]
+    train = [(label, grey(image)) for i in range(1, 6) for image, label in zip(images[f"data_batch_{i}"], labels[f"data_batch_{i}"])]
+    assert sorted(result["train"] + result["val"]) == sorted(train)
+    x, mask, _ = load(prepare("image", tmp_path / "a", source=source))[1]["test"].batch([0, 1])
+    assert x.shape == (2, 1024) and mask.all()
+
+
+@pytest.mark.parametrize("payload, words", [
+    (b"cos\nsystem\n(S'touch executed'\ntR.", "asks for 'os.system'"),
+    (b"\x80\x02cnumpy\nsave\n(U\x08executedK\x01tR.", "asks for 'numpy.save'"),
+    (b"\x80\x02cbuiltins\neval\n(U\x01itR.", "asks for 'builtins.eval'"),
+    (b"\x80\x02}.", "KeyError"),
+    (b"hello", "data_batch_2 is not a batch"),
+    (b"", "data_batch_2 is not a batch"),
+])
+def test_image_pickle_with_a_payload_runs_nothing(tmp_path, monkeypatch, payload, words):
+    monkeypatch.chdir(tmp_path)
+    _, _, files = cifar()
+    files["cifar-10-batches-py/data_batch_2"] = payload
+    with pytest.raises(DataError, match=words):
+        prepare("image", tmp_path / "data", source=archive(tmp_path / "cifar-10-python.tar.gz", files))
+    assert not list(tmp_path.glob("executed*"))
+
+
+def test_image_labels_sizes_and_cutting(tmp_path):
+    images, labels, files = cifar()
+    files["cifar-10-batches-py/test_batch"] = python2_batch(images["test_batch"], [0, 1, 10, 3])
+    with pytest.raises(DataError, match="test_batch, image 2: label 10 is not one of 0 to 9"):
+        prepare("image", tmp_path, source=unpack(tmp_path / "a", files))
+    files["cifar-10-batches-py/test_batch"] = python2_batch(images["test_batch"][:, :3000], [0, 1, 2, 3])
+    with pytest.raises(DataError, match="test_batch is not a batch of CIFAR-10"):
+        prepare("image", tmp_path, source=unpack(tmp_path / "a", files))
+    with pytest.raises(DataError, match="block_size of at least 1024, not 1000"):
+        prepare("image", tmp_path, source=tmp_path / "a", block_size=1000)
+
+
+# Pathfinder
+
+
+def pathfinder_files(n=20, size=32):
+    image = pytest.importorskip("PIL.Image", reason="pip install -r requirements-extra.txt")
+    random = np.random.default_rng(0)
+    pictures, labels, files = random.integers(0, 256, (n, size, size), np.uint8), random.integers(0, 2, n), {}
+    root = f"lra_release/lra_release/pathfinder{size}/curv_contour_length_14"
+    for batch in range(2):
+        lines = []
+        for i in range(batch, n, 2):
+            png = io.BytesIO()
+            image.fromarray(pictures[i]).save(png, "png")
+            files[f"{root}/imgs/{batch}/sample_{i}.png"] = png.getvalue()
+            lines.append(f"imgs/{batch} sample_{i}.png {i} {labels[i]} 1.0 14 4 2 0.5 1 1")
+        files[f"{root}/metadata/{batch}.npy"] = "\n".join(lines).encode()
+    return files, [(int(label), picture.tobytes()) for label, picture in zip(labels, pictures)]
+
+
+def test_pathfinder_released(tmp_path):
+    files, samples = pathfinder_files()
+    empty = "lra_release/lra_release/pathfinder32/curv_contour_length_14/imgs/1/sample_7.png"
+    outside = empty.replace("imgs/1/", "imgs/" + 3 * "../")
+    folder = prepare("pathfinder", tmp_path / "a", source=archive(tmp_path / "lra_release.gz", {**files, empty: b"", outside: b"outside"}))
+    assert not list(tmp_path.rglob("sample_7.png"))
+    result = stored(folder)
+    assert result == stored(prepare("pathfinder", tmp_path / "b", source=unpack(tmp_path, {**files, empty: b""})))
+    assert sum(map(len, result.values())) == 19 and len(result["train"]) in (15, 16) and len(result["test"]) in (1, 2)
+    assert sorted(sample for split in SPLITS for sample in result[split]) == sorted(samples[:7] + samples[8:])
+    assert sum(load(folder)[0]["skipped"].values()) == 1 and not (folder / "scratch").exists()
+
+
+def test_pathfinder_of_another_size(tmp_path):
+    files, _ = pathfinder_files(size=16)
+    files = {name.replace("pathfinder16", "pathfinder32"): content for name, content in files.items()}
+    with pytest.raises(DataError, match="256 pixels, expected 1024"):
+        prepare("pathfinder", tmp_path, source=unpack(tmp_path, files))
+    with pytest.raises(DataError, match="lacks pathfinder128/curv_contour_length_14/metadata"):
+        prepare("pathx", tmp_path, source=archive(tmp_path / "lra_release.gz", files))
+
+
+def test_pathfinder_generated(tmp_path, monkeypatch):
+    easy = dict(train=7, val=3, test=3, contour_length=4, distractors=0)
+    once = stored(prepare("pathfinder", tmp_path / "a", generate=easy))
+    assert [len(once[split]) for split in SPLITS] == [7, 3, 3] and len({image for split in SPLITS for _, image in once[split]}) == 13
+    assert once == stored(prepare("pathfinder", tmp_path / "b", generate=easy))
+    monkeypatch.setattr("data.lra_sources.GENERATED_AT_ONCE", 4 * 1024)
+    pieces = stored(prepare("pathfinder", tmp_path / "c", generate=easy))
+    assert len({image for split in SPLITS for _, image in pieces[split]}) == 13 and pieces["train"][:4] == once["train"][:4]
+    x, mask, _ = load(prepare("pathx", tmp_path / "a", generate=dict(train=1, val=1, test=1)))[1]["train"].batch([0])
+    assert x.shape == (1, 128**2) and mask.all()
+    with pytest.raises(DataError, match="no option seed=3; take .*contour_length"):
+        prepare("pathfinder", tmp_path, generate=dict(seed=3))
