@@ -42,18 +42,18 @@ class TrainerConfig:
     batch_size: Annotated[int, "sequences in one forward pass of one process"] = 12
     gradient_accumulation_steps: Annotated[int, "a step takes batch_size times this many sequences, over all processes"] = 1
     max_iters: Annotated[int, "training steps"] = 2000
-    learning_rate: Annotated[float, "peak learning rate"] = 1e-3
+    learning_rate: Annotated[float, "peak learning rate"] = 3e-3
     lr_schedule: Annotated[Literal["cosine", "linear", "constant"], "decay after the warm-up"] = "cosine"
     warmup_iters: Annotated[int, "steps of linear warm-up"] = 100
     lr_decay_iters: Annotated[int, "step at which min_lr is reached; 0: max_iters"] = 0
-    min_lr: Annotated[float, "learning rate at the end"] = 1e-4
+    min_lr: Annotated[float, "learning rate at the end"] = 3e-4
     weight_decay: Annotated[float, "AdamW's, on matrices only"] = 0.1
     beta1: Annotated[float, "AdamW's"] = 0.9
     beta2: Annotated[float, "AdamW's"] = 0.99
     adam_eps: Annotated[float, "AdamW's epsilon"] = 1e-8
     grad_clip: Annotated[float, "clip the gradient to this norm; 0: never"] = 1.0
     eval_interval: Annotated[int, "steps between evaluations, each followed by a checkpoint"] = 250
-    eval_iters: Annotated[int, "evaluate on up to this many batches of batch_size"] = 200
+    eval_iters: Annotated[int, "evaluate on up to this many batches of batch_size"] = 100
     log_interval: Annotated[int, "steps between records in metrics.jsonl"] = 10
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], "of the forward and backward pass"] = "auto"
@@ -174,6 +174,7 @@ class Trainer:
                 if self.metrics:
                     self.metrics.advance()
                 if self.step % config.log_interval == 0 and self.step % config.eval_interval and self.step < config.max_iters:
+                    self.stop_clock()
                     self.report({})
                 self.signal = int(self.compute.reduce([self.signal], "max")[0])
                 if self.signal:
@@ -248,9 +249,8 @@ class Trainer:
         return result
 
     def report(self, record: dict):
-        """Write `record` with what training has done since the last one."""
+        """Write `record` with what training has done since the last one; the clock is stopped."""
         self.check_finite()
-        self.stop_clock()
         *sums, tokens = self.compute.reduce([*self.sums.tolist(), self.interval["tokens"]])
         self.tokens += int(tokens)
         steps, seconds = self.interval["steps"], self.interval["seconds"]

@@ -107,6 +107,19 @@ def test_a_run_learns_and_records(corpus, tmp_path, call):
     assert code == 0 and f"step {best['best']['step']}: val_loss {best['best']['value']:.4f}" in out
 
 
+def test_evaluation_is_not_training_time(corpus, tmp_path, call, monkeypatch):
+    now, evaluate = [0.0], train.LanguageModelling.evaluate
+
+    def slow(*args):
+        now[0] += 1000
+        return evaluate(*args)
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 0.001) or now[0])
+    monkeypatch.setattr(train.LanguageModelling, "evaluate", slow)
+    assert call(train, *SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=8", "--eval_interval=2", "--log_interval=3")[0] == 0
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < r["ms_per_step"] < 1000 for r in records[1:]) and 0 < records[-1]["elapsed_s"] < 1
+
+
 def test_accumulation_does_not_change_the_data(corpus, tmp_path, call):
     for name, options in (("whole", ["--batch_size=4"]), ("parts", ["--batch_size=2", "--gradient_accumulation_steps=2"])):
         assert call(train, *SMALL, *corpus, *options, "--eval_iters=100", "--max_iters=10", f"--out_dir={tmp_path / name}")[0] == 0
