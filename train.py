@@ -38,6 +38,9 @@ class Config(TrainerConfig, ModelConfig):
     def __post_init__(self):
         ModelConfig.__post_init__(self)
         TrainerConfig.__post_init__(self)
+        if self.attention == "nystrom":
+            raise ValueError("attention=nystrom is not causal: its landmarks average over future tokens, so a language model would see what "
+                             "it has to predict. Use softmax or linear")
 
 
 class LanguageModelling:
@@ -102,7 +105,7 @@ def main():
         torch.manual_seed(config.seed)
         model = GPT(config, task.meta["vocab_size"])
         if weights:
-            load_weights(model, weights, config.init_from)
+            load_weights(model, model.state_dict() | weights, config.init_from)  # a learned power is not among the weights
         if compute.main:
             print(f"data: {folder}, {len(task.blocks.tokens):,} training and {len(task.val):,} validation tokens, "
                   f"vocabulary {task.meta['vocab_size']:,}\nmodel: {model.n_parameters():,} parameters, block_size={config.block_size}, "

@@ -243,9 +243,13 @@ class Trainer:
 
     def kappa(self) -> dict[str, list]:
         """Before and after C, by layer, in float32, with the uncompiled model; what C would do where the run has none."""
+        power = self.config.precond_power
         self.raw.eval()
-        result = layer_kappa(lambda: self.task.probe(self.raw, self.compute), None if self.config.precond else self.config.precond_power)
+        result = layer_kappa(lambda: self.task.probe(self.raw, self.compute),
+                             None if self.config.precond else 0.5 if power == "learned" else power)
         self.raw.train()
+        if self.config.precond and power == "learned":
+            result["precond_power"] = self.raw.powers()
         return result
 
     def report(self, record: dict):

@@ -96,6 +96,21 @@ def test_precond_changes_neither_parameters_nor_their_initial_values():
     assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
 
 
+def test_learned_power_starts_half_way_and_is_the_only_extra_parameter():
+    torch.manual_seed(3)
+    half = GPT(ModelConfig(precond=True, precond_power=0.5), 65)
+    torch.manual_seed(3)
+    learned = GPT(ModelConfig(precond=True, precond_power="learned"), 65)
+    extra = {name for name in learned.state_dict()} - {name for name in half.state_dict()}
+    assert extra == {f"blocks.{i}.attn.power" for i in range(4)} and learned.powers() == [0.5] * 4
+    assert all(torch.equal(p, learned.state_dict()[name]) for name, p in half.state_dict().items())
+    idx = torch.randint(65, (2, 64))
+    loss = learned(idx, idx)[1]
+    torch.testing.assert_close(loss, half(idx, idx)[1])
+    loss.backward()
+    assert all(block.attn.power.grad.abs().min() > 0 for block in learned.blocks)
+
+
 def test_initialisation_is_gpt2s():
     torch.manual_seed(0)
     model = GPT(ModelConfig(n_layer=8, n_embd=256, bias=True), 500)

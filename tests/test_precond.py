@@ -231,3 +231,19 @@ def test_demonstration():
     assert re.search(r"by hand +1\.00 +14\.00", out) and "kappa rises" in out
     imported = subprocess.run([sys.executable, "-c", "import precond"], cwd=path.parent, capture_output=True, text=True, check=True)
     assert imported.stdout == imported.stderr == ""
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_learned_power_gets_its_gradient(grad):
+    torch.manual_seed(0)
+    a = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    a[0, 1, 2] = 0  # a row without length
+    power = torch.tensor([0.0, 0.5, 1.3], dtype=torch.float64, requires_grad=True)
+    out = precondition(a, grad=grad, eps=0.0, power=power)
+    for head, p in enumerate(power.tolist()):
+        torch.testing.assert_close(out[:, head], precondition(a[:, head], eps=0.0, power=p) if p else a[:, head])
+    weight = torch.randn_like(a)
+    got, = torch.autograd.grad((out * weight).sum(), power)
+    length = a.norm(dim=-1, keepdim=True)
+    wanted = (-length.clamp(min=1e-300).log() * out.detach() * weight).sum((0, 2, 3))  # d/dp l^-p = -log(l) l^-p
+    torch.testing.assert_close(got, wanted)

@@ -32,7 +32,7 @@ def test_other_schedules():
     assert [learning_rate(linear, it) for it in (0, 5, 10, 11)] == [1.0, 0.5, 0.0, 0.0]
     constant = TrainerConfig(learning_rate=1.0, warmup_iters=1, max_iters=10, lr_schedule="constant")
     assert [learning_rate(constant, it) for it in (0, 1, 10)] == [0.5, 1.0, 1.0]
-    assert learning_rate(TrainerConfig(warmup_iters=5, max_iters=5), 5) == 1e-4  # no room for a decay
+    assert learning_rate(TrainerConfig(warmup_iters=5, max_iters=5), 5) == TrainerConfig().min_lr  # no room for a decay
 
 
 def test_weight_decay_acts_on_matrices_only():
