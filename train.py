@@ -69,8 +69,8 @@ class LanguageModelling:
             windows = torch.from_numpy(self.val.gather(starts[i:i + self.batch_size], self.block_size + 1))
             x, y = compute.move(windows[:, :-1], windows[:, 1:])
             with compute.autocast():
-                total += model(x, y)[1].double() * len(x)
-        loss = compute.reduce([float(total)])[0] / len(self.val_starts)
+                total += model(x, y)[1].item() * len(x)
+        loss = compute.reduce([total])[0] / len(self.val_starts)
         return {"val_loss": loss, "val_bpb": loss / math.log(2) * len(self.val) / self.val.bytes}
 
     def probe(self, model, compute: Compute):
