@@ -1,0 +1,187 @@
+"""What compare.py says about finished runs: a table for each question, one sentence for each arm, compare.md and compare.json."""
+import json
+import math
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import stats
+from config import UserError
+
+METRICS = ("val_ap", "val_accuracy", "val_loss")  # the first that a run records is what it is judged by
+
+
+@dataclass
+class Result:
+    """A finished run: its metric at the last step, and where it got there; `evaluations` are (step, seconds, value)."""
+    seed: int
+    metric: str
+    final: float
+    diverged: str | None
+    serial: bool
+    evaluations: list[tuple[int, float, float]]
+    last: dict
+    test: float | None
+
+
+def lower_is_better(metric: str) -> bool:
+    return metric.endswith("loss")
+
+
+def read_run(folder: Path) -> Result:
+    """Raises UserError where the folder holds no finished run."""
+    try:
+        record = json.loads((folder / "record.json").read_text())
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder} holds no finished run ({e}): remove the folder and type the command again") from None
+    metric = next(name for name in METRICS if name in lines[0])
+    evaluations = [(line["step"], line["elapsed_s"], line[metric]) for line in lines if metric in line]
+    test = folder / "test.json"
+    return Result(record["seed"], metric, math.nan if record["diverged"] else evaluations[-1][2], record["diverged"], record["serial"],
+                  evaluations, lines[-1], json.loads(test.read_text())["test_accuracy"] if test.exists() else None)
+
+
+def reached(run: Result, target: float) -> tuple[int, float] | None:
+    """(step, seconds of training) at the first evaluation that is as good as `target`."""
+    lower = lower_is_better(run.metric)
+    return next(((step, seconds) for step, seconds, value in run.evaluations if (value <= target if lower else value >= target)), None)
+
+
+def median_kappa(runs: list[Result], name: str) -> list[float]:
+    """By layer, the median over the seeds of a run's last value; inf where that is infinite."""
+    lists = [[math.inf if value is None else value for value in run.last[name]] for run in runs if name in run.last]
+    return [statistics.median(layer) for layer in zip(*lists)]
+
+
+def summarise(folders: dict[str, list[Path]]) -> dict:
+    """The numbers of the report: metric, seeds, and for each arm, in order, what `write` shows. The first arm is the baseline."""
+    runs = {name: [read_run(folder) for folder in group] for name, group in folders.items()}
+    metric = next(iter(runs.values()))[0].metric
+    sign = 1 if lower_is_better(metric) else -1
+    baseline, arms = next(iter(runs.values())), {}
+    for name, group in runs.items():
+        good = [run for run in group if not run.diverged]
+        arm = arms[name] = {"seeds": [run.seed for run in group], "final": [None if run.diverged else run.final for run in group],
+                            "diverged": {run.seed: run.diverged for run in group if run.diverged}}
+        if good:
+            arm |= {"mean": statistics.fmean(run.final for run in good),
+                    "sd": statistics.stdev(run.final for run in good) if len(good) > 1 else math.nan,
+                    "peak_memory_mb": statistics.median(run.last["peak_memory_mb"] for run in good),
+                    "kappa_before": median_kappa(good, "kappa_before"), "kappa_after": median_kappa(good, "kappa_after")}
+            if all(run.serial for run in good):
+                arm["tokens_per_s"] = statistics.median(run.last["tokens"] / run.last["elapsed_s"] for run in good)
+            if all(run.test is not None for run in good):
+                arm["test_accuracy"] = statistics.fmean(run.test for run in good)
+            if all("precond_power" in run.last for run in good):
+                arm["precond_power"] = [statistics.fmean(layer) for layer in zip(*(run.last["precond_power"] for run in good))]
+        pairs = [(a, b) for a, b in zip(baseline, group) if not a.diverged and not b.diverged]
+        hits = [reached(b, a.final) for a, b in pairs]
+        got = [hit for hit in hits if hit]
+        if 2 * len(got) > len(hits):  # the median over the seeds, counting what was not reached as later than any
+            late = [(math.inf, math.inf)] * (len(hits) - len(got))
+            arm["steps_to_target"], arm["seconds_to_target"] = (statistics.median(values) for values in zip(*got, *late))
+        arm["reached_target"] = f"{len(got)}/{len(hits)}"
+        if group is not baseline and len(pairs) > 1:
+            differences = [b.final - a.final for a, b in pairs]
+            arm |= {"paired": asdict(stats.paired(differences)), "differences": differences, "wins": sum(sign * d < 0 for d in differences)}
+    compared = [arm for arm in arms.values() if "paired" in arm]
+    for arm, p in zip(compared, stats.holm([arm["paired"]["p"] for arm in compared])):
+        arm["paired"]["p_holm"] = p
+    return {"metric": metric, "arms": arms}
+
+
+def conclusion(name: str, arm: dict, baseline: str, metric: str) -> str:
+    """One sentence."""
+    if arm["diverged"]:
+        said = f"{name} diverged on seed{'s' * (len(arm['diverged']) > 1)} {', '.join(map(str, arm['diverged']))}"
+        if "paired" not in arm:
+            return said + ", which leaves no pairs to compare."
+        said += "; on the others, "
+    else:
+        said = ""
+    pair = arm["paired"]
+    if pair["sd"] == 0 and pair["mean"] == 0:
+        return f"{said}{name} equals {baseline} exactly on all {pair['n']} seeds."
+    if pair["p_holm"] < 0.05:
+        better = (pair["mean"] < 0) == lower_is_better(metric)
+        return (f"{said}{name} is {'better' if better else 'worse'} than {baseline}: {metric} {'lower' if pair['mean'] < 0 else 'higher'} by "
+                f"{abs(pair['mean']):.4f} (95% interval {pair['low']:+.4f} to {pair['high']:+.4f}, Holm-corrected p = {pair['p_holm']:.2g}).")
+    needed = f"about {pair['seeds_needed']} seeds" if pair["seeds_needed"] else "more than 100,000 seeds"
+    return (f"{said}{name} and {baseline} cannot be told apart with {pair['n']} seeds: to see a difference of the size observed "
+            f"({pair['mean']:+.4f}) with a power of 80% takes {needed}.")
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths)] for row in [head, ["-" * width for width in widths], *rows]]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+def number(value: float | None, form: str) -> str:
+    return "" if value is None else "inf" if value == math.inf else "n/a" if math.isnan(value) else format(value, form)
+
+
+def write(folder: Path, folders: dict[str, list[Path]], command: str, tune: str, tuned: dict[str, dict[str, float]]) -> str:
+    """Write compare.md and compare.json to `folder`; return the former."""
+    summary = summarise(folders)
+    metric, arms = summary["metric"], summary["arms"]
+    baseline = next(iter(arms))
+    lines = [f"`{command}`", "", f"{metric} at the last step, {len(arms[baseline]['seeds'])} seeds; differences are paired by seed, to {baseline}.", ""]
+    tested = any("test_accuracy" in arm for arm in arms.values())
+    rows = []
+    for name, arm in arms.items():
+        pair = arm.get("paired")
+        rows.append([name, number(arm.get("mean"), ".4f"), number(arm.get("sd"), ".4f"),
+                     f"{pair['mean']:+.4f}" if pair else "", f"{pair['low']:+.4f} to {pair['high']:+.4f}" if pair else "",
+                     f"{arm['wins']}/{pair['n']}" if pair else "", f"{pair['p_holm']:.2g}" if pair else ""]
+                    + [number(arm.get("test_accuracy"), ".4f")] * tested)
+    lines += table(["arm", "mean", "sd", "difference", "95% interval", "seeds won", "p (Holm)"] + ["test accuracy"] * tested, rows)
+    lines += [conclusion(name, arm, baseline, metric) for name, arm in list(arms.items())[1:] if "paired" in arm or arm["diverged"]] + [""]
+    serial = all("tokens_per_s" in arm or not arm.get("mean") for arm in arms.values())
+    lines += table(["arm", f"steps to {baseline}'s result", "seeds that reach it"] + ["seconds", "tokens/s"] * serial + ["peak memory (MB)"],
+                   [[name, number(arm.get("steps_to_target"), ".0f"), arm["reached_target"]]
+                    + ([number(arm.get("seconds_to_target"), ".1f"), number(arm.get("tokens_per_s"), ",.0f")] if serial else [])
+                    + [number(arm.get("peak_memory_mb"), ",.0f")] for name, arm in arms.items()])
+    if not serial:
+        lines += ["Runs shared the machine: seconds and tokens/s are reported with --jobs=1.", ""]
+    rows = [[name, which, *(number(value, ".4g") for value in arm.get(key, []))] for name, arm in arms.items()
+            for which, key in (("A", "kappa_before"), ("C A", "kappa_after")) if arm.get(key)]
+    if rows:
+        lines += ["Median condition number by layer at the last step (for an arm without C, C A is what C would make of it):", ""]
+        lines += table(["arm", "of", *(f"layer {i}" for i in range(len(rows[0]) - 2))], rows)
+    if powers := {name: arm["precond_power"] for name, arm in arms.items() if "precond_power" in arm}:
+        lines += ["Learned power by layer at the last step, the mean over heads and seeds:", ""]
+        lines += table(["arm", *(f"layer {i}" for i in range(len(next(iter(powers.values())))))],
+                       [[name, *(f"{p:.3f}" for p in power)] for name, power in powers.items()])
+    if tuned:
+        values = list(dict.fromkeys(value for arm in tuned.values() for value in arm))
+        lines += [f"Mean {metric} of --tune {tune}, on seeds of its own:", ""]
+        lines += table(["arm", *values], [[name, *(number(arm.get(value, math.nan), ".4f") for value in values)] for name, arm in tuned.items()])
+    text = "\n".join(lines)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compare.md").write_text(text, encoding="utf-8")
+    (folder / "compare.json").write_text(json.dumps({"command": command, "tuned": tuned, **finite(summary)}, indent=1) + "\n")
+    return text
+
+
+def finite(value):
+    """JSON has no inf and nan: None."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def draw(folder: Path, folders: dict[str, list[Path]]):
+    """The figures of plot.py, where matplotlib is there; of the runs that did not diverge."""
+    import plot
+
+    finished = {name: [path for path in group if not read_run(path).diverged] for name, group in folders.items()}
+    try:
+        for path in plot.draw({name: group for name, group in finished.items() if group}, folder):
+            if path.suffix == ".png":
+                print(path)
+    except UserError as e:
+        print(f"no figures: {e}")

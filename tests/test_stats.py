@@ -1,0 +1,54 @@
+"""stats.py against scipy, and its promises by simulation."""
+import numpy as np
+import pytest
+
+import stats
+
+
+@pytest.fixture(scope="module")
+def scipy_stats():
+    return pytest.importorskip("scipy.stats", reason="pip install -r requirements-extra.txt")
+
+
+@pytest.mark.parametrize("df", [1, 2, 3, 7, 19, 200])
+def test_t_distribution(scipy_stats, df):
+    for t in (0.0, 0.1, 1.0, 2.5, 10.0, 60.0):
+        assert stats.t_tail(t, df) == pytest.approx(2 * scipy_stats.t.sf(t, df), rel=1e-9)
+    for p in (0.5, 0.6, 0.8, 0.975, 0.9999):
+        assert stats.t_quantile(p, df) == pytest.approx(scipy_stats.t.ppf(p, df), rel=1e-8, abs=1e-8)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 20])
+def test_paired_is_scipys(scipy_stats, n):
+    a, b = np.random.default_rng(n).normal(size=(2, n))
+    ours, theirs = stats.paired((b - a).tolist()), scipy_stats.ttest_rel(b, a)
+    interval = theirs.confidence_interval(0.95)
+    assert (ours.p, ours.low, ours.high) == pytest.approx((theirs.pvalue, interval.low, interval.high), rel=1e-8)
+
+
+def test_equal_differences():
+    same = stats.paired([0.0, 0.0, 0.0])
+    assert (same.mean, same.low, same.high, same.p, same.seeds_needed) == (0, 0, 0, 1, None)
+    assert stats.paired([0.5, 0.5]).p == 0
+
+
+def test_interval_covers_and_effects_are_found():
+    """Differences of mean 0.5 and standard deviation 1: the interval holds the mean in 95% of trials, and with the seeds that seeds_needed
+    says, zero is excluded in 80%."""
+    rng = np.random.default_rng(0)
+    n = stats.seeds_needed(0.5, 1.0)
+    assert n == 34  # tables of the paired t test
+    trials = [stats.paired(row.tolist()) for row in rng.normal(0.5, 1.0, size=(1000, n))]
+    assert np.mean([t.low <= 0.5 <= t.high for t in trials]) == pytest.approx(0.95, abs=0.02)
+    assert np.mean([t.p < 0.05 for t in trials]) == pytest.approx(0.80, abs=0.035)
+    small = [stats.paired(row.tolist()) for row in rng.normal(0.0, 1.0, size=(1000, 4))]
+    assert np.mean([t.p < 0.05 for t in small]) == pytest.approx(0.05, abs=0.02)
+
+
+def test_no_number_of_seeds_for_no_effect():
+    assert stats.seeds_needed(0.0, 1.0) is None and stats.seeds_needed(1e-6, 1.0) is None
+
+
+def test_holm():
+    assert stats.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert stats.holm([0.9, 0.8]) == [1.0, 1.0] and stats.holm([]) == []
