@@ -1,0 +1,321 @@
+"""plot.py: what is drawn are the numbers of metrics.jsonl and of the checkpoints, and runs that do not belong together are refused."""
+import json
+import shutil
+import sys
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="pip install -r requirements-extra.txt")
+
+import plot  # noqa: E402
+import train  # noqa: E402
+import train_lra  # noqa: E402
+from config import UserError  # noqa: E402
+from conftest import SMALL, error  # noqa: E402
+from data.text import DataError  # noqa: E402
+from precond import record  # noqa: E402
+
+ARMS = {"off": ["--precond=False"], "on": ["--precond=True"]}
+
+
+def teach(module, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        module.main()
+
+
+@pytest.fixture(scope="module")
+def lm(corpus, tmp_path_factory):
+    """Label -> folders: two arms of two seeds of a language model."""
+    base = tmp_path_factory.mktemp("lm")
+    groups = {}
+    for arm, arguments in ARMS.items():
+        for seed in (1, 2):
+            groups.setdefault(arm, []).append(base / f"{arm}-{seed}")
+            teach(train, *SMALL, *corpus, *arguments, f"--seed={seed}", f"--out_dir={groups[arm][-1]}", "--max_iters=6",
+                  "--eval_interval=2", "--log_interval=1", "--warmup_iters=2")
+    return groups
+
+
+@pytest.fixture(scope="module")
+def lra(tmp_path_factory):
+    """Label -> folders: two arms of one seed on ListOps, one head of 32 channels: some sequences have fewer tokens."""
+    base = tmp_path_factory.mktemp("lra")
+    groups = {arm: [base / arm] for arm in ARMS}
+    for arm, arguments in ARMS.items():
+        teach(train_lra, "listops", *SMALL, *arguments, "--n_head=1", "--block_size=60", "--max_length=60", f"--data_dir={base / 'data'}",
+              "--n_train=40", "--n_val=8", "--n_test=4", f"--out_dir={base / arm}", "--max_iters=4", "--eval_interval=2",
+              "--log_interval=1")
+    return groups
+
+
+def records(folder):
+    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(folders, name, layer=None):
+    """Steps, and the values of all folders: (runs, steps)."""
+    rows = [[r for r in records(folder) if name in r] for folder in folders]
+    return [r["step"] for r in rows[0]], np.array([[r[name] if layer is None else r[name][layer] for r in row] for row in rows])
+
+
+def read(groups):
+    return {label: [plot.Run.read(folder) for folder in folders] for label, folders in groups.items()}
+
+
+def invent(folder, steps=(0, 10, 20), kappa=(2.0, 3.0), **config):
+    """A run's folder with made-up numbers: a loss of step + seed."""
+    folder.mkdir(parents=True)
+    options = dict(dataset="text.txt", tokenizer="char", precond=False, precond_power=1.0, n_layer=len(kappa), n_head=2, n_embd=32,
+                   block_size=16, attention="softmax", grad_clip=1.0, learning_rate=0.01, init_from="scratch", seed=1,
+                   out_dir=str(folder)) | config
+    (folder / "config.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in options.items()))
+    lines = [{"step": step, "val_loss": step + options["seed"], "kappa_before": kappa, "kappa_after": kappa, "elapsed_s": float(step)}
+             | ({"grad_norm": 1.0, "learning_rate": options["learning_rate"], "tokens": 100 * step} if step else {}) for step in steps]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    return folder
+
+
+def test_seeds_of_one_configuration_are_a_group(lm):
+    off, on = lm["off"], lm["on"]
+    assert plot.group([off[0], on[1], off[1], on[0]]) == {"precond=False": off, "precond=True": [on[1], on[0]]}
+    assert plot.group([*off, *on], "plain, ours") == {"plain": off, "ours": on}
+
+
+def test_labels_name_what_differs(tmp_path):
+    base = [invent(tmp_path / "0"), invent(tmp_path / "1", seed=2, init_from="auto", overwrite=True)]
+    half = invent(tmp_path / "2", precond=True, precond_power=0.5)
+    full = invent(tmp_path / "3", precond=True, precond_power=1.0)
+    names = {"precond=False": base, "precond=True, precond_power=0.5": [half], "precond=True, precond_power=1.0": [full]}
+    assert plot.group([*base, half, full]) == names
+    other = invent(tmp_path / "4", precond_power=0.5)  # only an option that is not in force tells it apart
+    assert list(plot.group([base[0], other])) == ["precond_power=1.0", "precond_power=0.5"]
+    tuned = invent(tmp_path / "5", init_from="gpt2")
+    assert list(plot.group([base[1], tuned])) == ["init_from=scratch", "init_from=gpt2"]
+
+
+@pytest.mark.parametrize("x", ["step", "tokens", "seconds"])
+def test_validation_draws_mean_and_standard_deviation(lm, x):
+    figure = plot.validation(read(lm), x)
+    upper = figure.axes[0]
+    for drawn, band, (label, folders) in zip(upper.lines, upper.collections, lm.items(), strict=True):
+        steps, losses = column(folders, "val_loss")
+        seconds = column(folders, "elapsed_s")[1][:, ::2]  # there is a record at each step, an evaluation at every second one
+        places = {"step": [steps] * 2, "tokens": [[step * 4 * 16 for step in steps]] * 2, "seconds": seconds}[x]
+        assert drawn.get_label() == label
+        assert np.allclose(drawn.get_xdata(), np.mean(places, axis=0), rtol=1e-12)
+        assert np.allclose(drawn.get_ydata(), losses.mean(axis=0), rtol=1e-12)
+        sd = np.abs(losses[0] - losses[1]) / 2**0.5
+        corners = band.get_paths()[0].vertices[:, 1]
+        for edge in (losses.mean(axis=0) - sd, losses.mean(axis=0) + sd):
+            assert np.abs(corners[:, None] - edge).min(axis=0).max() < 1e-12
+    if x == "seconds":  # the groups have no x in common
+        assert len(figure.axes) == 1
+    else:
+        difference = figure.axes[1].lines[0].get_ydata()
+        assert np.allclose(difference, (column(lm["on"], "val_loss")[1] - column(lm["off"], "val_loss")[1]).mean(axis=0), atol=1e-12)
+
+
+def test_differences_pair_the_seeds(tmp_path):
+    off = [invent(tmp_path / f"off{seed}", seed=seed) for seed in (1, 2, 3)]
+    on = [invent(tmp_path / f"on{seed}", seed=seed, precond=True) for seed in (3, 1, 7)]  # 1 and 3 are in both groups
+    figure = plot.validation(read({"off": off, "on": on}), "step")
+    assert np.array_equal(figure.axes[1].lines[0].get_ydata(), [0, 0, 0])
+    assert np.allclose(figure.axes[0].lines[1].get_ydata(), np.array([0, 10, 20]) + 11 / 3)
+    alone = plot.validation(read({"off": off[1:2], "on": on}), "step")
+    assert len(alone.axes) == 1
+
+
+def test_accuracy_in_percent(lra):
+    figure = plot.validation(read(lra), "step")
+    assert figure.axes[0].get_ylabel() == "Validation accuracy (%)"
+    values = [column(folders, "val_accuracy")[1][0] for folders in lra.values()]
+    for drawn, value in zip(figure.axes[0].lines, values, strict=True):
+        assert np.allclose(drawn.get_ydata(), 100 * value, rtol=1e-12)
+    assert np.allclose(figure.axes[1].lines[0].get_ydata(), 100 * (values[1] - values[0]))
+
+
+def test_axis_shows_what_follows_the_first_tenth(tmp_path):
+    run = invent(tmp_path / "run", steps=range(0, 101, 10))
+    records = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    for r in records:
+        r["val_loss"] = 9.0 if r["step"] == 0 else 2 - r["step"] / 100
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    low, high = plot.validation(read({"run": [run]}), "step").axes[0].get_ylim()
+    assert 0.9 < low < 1 and 1.9 < high < 2
+
+
+def test_kappa_draws_medians_by_layer(lm):
+    figure = plot.kappa(read(lm), "step")
+    assert [ax.get_title() for ax in figure.axes] == ["layer 0", "layer 1"]
+    for layer, ax in enumerate(figure.axes):
+        assert ax.get_yscale() == "log"
+        curves = [(folders, name) for folders in lm.values() for name in ("kappa_after", "kappa_before")]
+        for drawn, (folders, name) in zip(ax.lines, curves, strict=True):
+            assert np.allclose(drawn.get_ydata(), np.median(column(folders, name, layer)[1], axis=0), rtol=1e-12)
+        assert [drawn.get_linestyle() for drawn in ax.lines] == [":", "--", "-", "--"]  # C is not applied in the first group
+
+
+def test_kappa_draws_median_and_range_of_three_seeds(tmp_path):
+    runs = [invent(tmp_path / f"{seed}", kappa=(value,), seed=seed) for seed, value in ((1, 2.0), (2, 10.0), (3, 3.0))]
+    ax, = plot.kappa(read({"runs": runs}), "step").axes
+    assert list(ax.lines[0].get_ydata()) == [3.0] * 3
+    assert set(ax.collections[0].get_paths()[0].vertices[:, 1]) == {2.0, 10.0}
+
+
+def test_infinite_kappa_is_marked(tmp_path):
+    run = invent(tmp_path / "run", kappa=(2.0, None))
+    finite, infinite = plot.kappa(read({"run": [run]}), "step").axes
+    assert len(finite.lines) == 2 and len(infinite.lines) == 4
+    line, marks = infinite.lines[:2]
+    assert np.isnan(line.get_ydata()).all() and marks.get_marker() == "^" and list(marks.get_xdata()) == [0, 10, 20]
+
+
+def test_training_draws_rates_and_norms(lm, tmp_path):
+    rate, norm = plot.training(read(lm), "step").axes
+    steps, rates = column(lm["on"], "learning_rate")
+    assert len(rate.lines) == 1 and list(rate.lines[0].get_xdata()) == steps and np.array_equal(rate.lines[0].get_ydata(), rates[0])
+    for drawn, folders in zip(norm.lines, lm.values()):
+        assert np.allclose(drawn.get_ydata(), np.median(column(folders, "grad_norm")[1], axis=0), rtol=1e-12)
+    other = invent(tmp_path / "a"), invent(tmp_path / "b", learning_rate=0.02)
+    lines = plot.training(read({"a": other[:1], "b": other[1:]}), "step").axes[0].lines
+    assert [set(drawn.get_ydata()) for drawn in lines] == [{0.01}, {0.02}]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_spectrum_agrees_with_the_kappa_that_training_measured(lm, layer):
+    """kappa is the largest over the smallest singular value; training wrote its median over the same matrices, one seed at a time."""
+    for folders in lm.values():
+        values = plot.spectra(read({"run": folders[:1]}), layer)["run"]
+        best = torch.load(folders[0] / "best.pt", weights_only=True)["step"]
+        written = next(r for r in records(folders[0]) if r["step"] == best and "val_loss" in r)
+        for (s, median), name in zip(values, ("kappa_before", "kappa_after"), strict=True):
+            assert s.shape == (8, 16) or s.shape == (4, 16)  # samples x heads of 16 channels
+            assert (s[:, 0] == 1).all() and (np.diff(s) <= 0).all()
+            assert median == pytest.approx(written[name][layer], rel=1e-4)
+            assert np.median(1 / s[:, -1]) >= 0.999 * median  # torch's median is the lower middle
+    figure = plot.spectrum(read(lm), found := plot.spectra(read(lm), layer), layer)
+    for ax, values in zip(figure.axes, found.values(), strict=True):
+        for drawn, (s, _) in zip(ax.lines, values, strict=True):
+            assert np.allclose(drawn.get_ydata(), np.median(s, axis=0))
+
+
+def test_spectrum_leaves_padding_out(lra):
+    """The same singular values as from each sequence on its own, without padding; those of fewer tokens than channels are left out."""
+    run = plot.Run.read(lra["on"][0])
+    (a, _), (ca, _) = plot.spectra({"on": [run]}, None)["on"]
+    model, task, _ = plot.load(run)
+    expected = []
+    for i in range(4):
+        x, mask, _ = task.splits["val"].batch([i])
+        with torch.no_grad(), record() as calls:
+            model(x, mask)
+        expected.append([np.linalg.svd(part[0, 0].double().numpy(), compute_uv=False) for part in calls[-1]])
+    lengths = [min(len(s[0]), 32) for s in expected]
+    assert min(lengths) < max(lengths), lengths
+    for mine, index in (a, 0), (ca, 1):
+        theirs = np.array([s[index] / s[index][0] for s in expected if len(s[index]) == max(lengths)])
+        assert np.allclose(mine, theirs, atol=1e-5)
+
+
+def test_figures_are_written(lra, tmp_path, call):
+    code, out, _ = call(plot, *lra["off"], "--out", tmp_path / "a", *lra["on"], "--x=tokens", "--layer=0", "--labels=plain,ours")
+    paths = sorted((tmp_path / "a").iterdir())
+    assert code == 0 and sorted(out.split()) == list(map(str, paths))
+    names = ("kappa", "spectrum", "training", "validation")
+    assert {p.name for p in paths} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    for path in paths:
+        if path.suffix == ".svg":
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+        else:
+            content = path.read_bytes()
+            assert content[:8] == b"\x89PNG\r\n\x1a\n"
+            at = content.index(b"pHYs") + 4  # dots per metre
+            assert int.from_bytes(content[at:at + 4]) >= 150 / 0.0254
+    again = plot.draw({"plain": lra["off"], "ours": lra["on"]}, tmp_path / "b", x="tokens", layer=0)
+    assert [p.read_bytes() for p in sorted(again)] == [p.read_bytes() for p in paths]
+
+
+def test_spectrum_is_left_out_where_its_sources_are_gone(lm, tmp_path, capsys):
+    folder = shutil.copytree(lm["off"][0], tmp_path / "run")
+    run = plot.Run.read(folder)
+    saved = torch.load(folder / "best.pt", weights_only=True)
+    saved["config"]["data_dir"] = str(tmp_path / "nowhere")
+    torch.save(saved, folder / "best.pt")
+    with pytest.raises(DataError, match=f"the data of {folder} is not in {tmp_path / 'nowhere'}"):
+        plot.load(run)
+    (folder / "best.pt").unlink()
+    assert plot.load(run)[2].data_dir != str(tmp_path / "nowhere")  # of ckpt.pt
+    (folder / "ckpt.pt").unlink()
+    assert len(plot.draw({"run": [folder]}, tmp_path / "figures")) == 6
+    assert capsys.readouterr().out == f"no spectrum: {folder} holds no checkpoint\n"
+
+
+def test_a_line_that_is_being_written_is_left_alone(tmp_path):
+    run = invent(tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 30, "val_')
+    assert [r["step"] for r in plot.Run.read(run).records] == [0, 10, 20]
+
+
+def test_folders_that_hold_no_run(tmp_path, call):
+    run = invent(tmp_path / "run")
+    assert "metrics.jsonl: No such file" in error(call(plot, run, tmp_path))
+    for content, said in ("", "nothing to draw yet"), ("{}\nnonsense\n", "line 2 is damaged"), (b"\xff".decode("latin-1"), "damaged"):
+        (run / "metrics.jsonl").write_text(content, encoding="latin-1")
+        assert said in error(call(plot, run))
+    (run / "config.toml").write_text("n_layer = 2\n")
+    (run / "metrics.jsonl").write_text("")
+    assert "lacks grad_clip, precond, seed" in error(call(plot, run))
+    (run / "config.toml").write_text("n_layer = \n")
+    assert "config.toml" in error(call(plot, run))
+    assert "holds fewer than two evaluations" in error(call(plot, invent(tmp_path / "new", steps=[0])))
+
+
+def test_runs_that_do_not_compare(tmp_path, call):
+    run = invent(tmp_path / "run")
+    same = invent(tmp_path / "same")
+    assert f"{run} and {same} are the same run, seed 1" in error(call(plot, run, same))
+    short = invent(tmp_path / "short", precond=True, steps=(0, 10))
+    assert f"{run} ends at step 20, {short} at step 10" in error(call(plot, run, short))
+    assert "at tokens 2,000" in error(call(plot, run, short, "--x=tokens"))
+    other = invent(tmp_path / "other", dataset="more.txt", tokenizer="bytes")
+    assert "different data (dataset=text.txt, tokenizer=char; dataset=more.txt, tokenizer=bytes)" in error(call(plot, run, other))
+    many = [invent(tmp_path / f"n{n}", n_embd=n) for n in range(8)]
+    assert "8 groups" in error(call(plot, *many))
+
+
+def test_a_text_that_was_edited_between_runs(lm, corpus, tmp_path):
+    source = tmp_path / "text.txt"
+    shutil.copy(corpus[0].removeprefix("--dataset="), source)
+    runs = {}
+    for arm, arguments in ARMS.items():
+        runs[arm] = [tmp_path / arm]
+        teach(train, *SMALL, *arguments, f"--dataset={source}", f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path / arm}",
+              "--max_iters=1")
+        source.write_text(source.read_text() + "one more line\n")
+    with pytest.raises(UserError, match="different data: the file has changed"):
+        plot.draw(runs, tmp_path / "figures")
+    assert not (tmp_path / "figures").exists()
+
+
+def test_mistakes_on_the_command_line(lm, tmp_path, call):
+    run = lm["off"][0]
+    assert "name the folder of at least one run" in error(call(plot))
+    assert "did you mean --layer" in error(call(plot, run, "--layr=1"))
+    assert "--x=steps" in error(call(plot, run, "--x=steps"))
+    assert "give 1 different labels" in error(call(plot, run, "--labels=a,b"))
+    assert "has the layers 0 to 1" in error(call(plot, run, "--layer=2", "--out", tmp_path / "figures"))
+    assert "layer=-2" in error(call(plot, run, "--layer=-2"))
+    (tmp_path / "file").write_text("")
+    assert f"cannot write to {tmp_path / 'file'}" in error(call(plot, run, "--out", tmp_path / "file"))
+    with pytest.raises(UserError, match="at least one run for each label"):
+        plot.draw({"empty": []}, tmp_path / "figures")
+
+
+def test_without_matplotlib(lm, tmp_path, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install -r requirements-extra.txt" in error(call(plot, lm["off"][0], "--out", tmp_path / "figures"))
