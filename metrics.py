@@ -80,6 +80,7 @@ class Metrics:
 def summary(record: dict) -> str:
     """The few numbers of a record that a person watches."""
     shown = [(name, "{:.4f}") for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_bpb")]
+    shown += [(name, "{:.1f}") for name in ("val_ap", "val_ap50")]
     parts = [name.replace("_", " ") + " " + form.format(record[name]) for name, form in shown if name in record]
     if "tokens_per_s" in record:
         parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")

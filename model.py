@@ -11,8 +11,10 @@ from typing import Annotated, Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import attention
+import fast
 from precond import precondition
 
 LEARNED_FROM = 0.5  # where precond_power=learned starts
@@ -38,6 +40,9 @@ class ModelConfig:
                                                          "0.5"] = 1.0
     precond_skip: Annotated[Literal["before", "after"], "precondition the attention product before or after nystrom's convolution skip "
                                                         "is added to it"] = "before"
+    loss: Annotated[Literal["auto", "plain", "chunked"], "cross entropy of a language model; chunked: without the logits of all tokens in "
+                                                         "memory; auto: chunked for large vocabularies on a CPU"] = "auto"
+    checkpoint_activations: Annotated[bool, "compute each block again in the backward pass instead of keeping its activations"] = False
 
     def __post_init__(self):
         for name in ("block_size", "n_layer", "n_head", "n_embd", "landmarks"):
@@ -52,12 +57,15 @@ class ModelConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, allocated once: (n_layer, B, n_head, block_size, head_dim) each."""
+    """Keys and values of the tokens seen so far, allocated once: (n_layer, B, n_head, block_size, head_dim) each.
 
-    def __init__(self, config: ModelConfig, batch: int, device=None, dtype=torch.float32):
+    `padding` (B,): how many of the first tokens of each sequence are none of its own, so that prompts of different length end together.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, device=None, dtype=torch.float32, padding: torch.Tensor | None = None):
         shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.k, self.v = torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
+        self.length, self.padding = 0, padding
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k, v (B, n_head, T, head_dim) behind the tokens seen; return all keys and values of the layer."""
@@ -150,10 +158,17 @@ class Transformer(nn.Module):
         T, start = idx.size(1), cache.length if cache is not None else 0
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit into block_size={self.config.block_size}")
-        x = self.wte(idx) + self.wpe.weight[start:start + T]
+        if cache is None or cache.padding is None:
+            position = self.wpe.weight[start:start + T]
+        else:
+            slot = torch.arange(start + T, device=idx.device)
+            mask = slot >= cache.padding[:, None]  # (B, start + T)
+            position = self.wpe((slot[start:] - cache.padding[:, None]).clamp(min=0))
+        x = self.wte(idx) + position
         x = F.dropout(x, self.config.dropout, self.training)
+        again = self.config.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, mask, cache)
+            x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask, cache)
         return x
 
     def powers(self) -> list[float]:
@@ -181,13 +196,15 @@ class GPT(Transformer):
     @classmethod
     def from_checkpoint(cls, saved: dict) -> "GPT":
         """The model of a train.py checkpoint, in evaluation mode, on the CPU."""
-        model = cls(ModelConfig(**{f.name: saved["config"][f.name] for f in fields(ModelConfig)}), saved["task"]["vocab_size"])
+        values = {f.name: saved["config"][f.name] for f in fields(ModelConfig) if f.name in saved["config"]}
+        model = cls(ModelConfig(**values), saved["task"]["vocab_size"])
         model.load_state_dict(saved["model"])
         return model.eval()
 
     def forward(self, idx, targets=None, cache: KVCache | None = None):
         """Tokens (B, T) -> logits (B, T, vocab_size) and, with targets (B, T), the mean cross entropy in nats (else None).
 
+        A target of -1 does not count. With targets and the chunked loss there are no logits: None.
         With a cache, idx follows the tokens in it (several at once only into an empty one) and the logits are the last token's, (B, 1, V).
         """
         if cache is not None and cache.length and idx.size(1) > 1:
@@ -196,9 +213,21 @@ class GPT(Transformer):
         if cache is not None:
             cache.length += idx.size(1)
             x = x[:, -1:]
-        logits = F.linear(self.ln_f(x), self.wte.weight)
-        loss = None if targets is None else F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1))
-        return logits, loss
+        x = self.ln_f(x)
+        if targets is not None and self.loss == "chunked":
+            return None, fast.head_loss(x, self.wte.weight, targets)
+        logits = F.linear(x, self.wte.weight)
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=fast.IGNORED)
+
+    @property
+    def loss(self) -> str:
+        """"plain" or "chunked": what config.loss says, or what is faster or smaller."""
+        if self.config.loss != "auto":
+            return self.config.loss
+        vocab_size, _ = self.wte.weight.shape
+        return "chunked" if self.wte.weight.device.type == "cpu" and vocab_size >= fast.LARGE_VOCABULARY else "plain"
 
 
 class Classifier(Transformer):
@@ -216,8 +245,8 @@ class Classifier(Transformer):
     def forward(self, x, mask, y=None):
         """Tokens and mask (B, T), or (B, 2, T) for pairs -> logits (B, n_classes) and, with labels y (B), the mean cross entropy."""
         T = x.size(-1)
-        h = self.ln_f(self.encode(x.view(-1, T), mask.view(-1, T)))  # (B or 2 B, T, C)
-        weight = mask.view(-1, T, 1)
+        h = self.ln_f(self.encode(x.reshape(-1, T), mask.reshape(-1, T)))  # (B or 2 B, T, C)
+        weight = mask.reshape(-1, T, 1)
         h = (h * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
         if x.dim() == 3:
             a, b = h.view(-1, 2, h.size(-1)).unbind(dim=1)

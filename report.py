@@ -15,31 +15,40 @@ METRICS = ("val_ap", "val_accuracy", "val_loss")  # the first that a run records
 class Result:
     """A finished run: its metric at the last step, and where it got there; `evaluations` are (step, seconds, value)."""
     seed: int
-    metric: str
+    metric: str | None  # None: diverged before the first evaluation
     final: float
     diverged: str | None
     serial: bool
     evaluations: list[tuple[int, float, float]]
     last: dict
     test: float | None
+    identity: dict
 
 
 def lower_is_better(metric: str) -> bool:
     return metric.endswith("loss")
 
 
+def best(means: dict[str, float], metric: str) -> str:
+    """The key of the best of the values of `metric`."""
+    return (min if lower_is_better(metric) else max)(means, key=means.get)
+
+
 def read_run(folder: Path) -> Result:
     """Raises UserError where the folder holds no finished run."""
     try:
         record = json.loads((folder / "record.json").read_text())
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] if not record["diverged"] else []
     except (OSError, ValueError) as e:
         raise UserError(f"{folder} holds no finished run ({e}): remove the folder and type the command again") from None
-    metric = next(name for name in METRICS if name in lines[0])
+    metric = next((name for name in METRICS if lines and name in lines[-1]), None)
+    if metric is None and not record["diverged"]:
+        raise UserError(f"{folder} ended without an evaluation: remove the folder and type the command again")
     evaluations = [(line["step"], line["elapsed_s"], line[metric]) for line in lines if metric in line]
     test = folder / "test.json"
     return Result(record["seed"], metric, math.nan if record["diverged"] else evaluations[-1][2], record["diverged"], record["serial"],
-                  evaluations, lines[-1], json.loads(test.read_text())["test_accuracy"] if test.exists() else None)
+                  evaluations, lines[-1] if lines else {}, json.loads(test.read_text())["test_accuracy"] if test.exists() else None,
+                  record["identity"])
 
 
 def reached(run: Result, target: float) -> tuple[int, float] | None:
@@ -57,7 +66,9 @@ def median_kappa(runs: list[Result], name: str) -> list[float]:
 def summarise(folders: dict[str, list[Path]]) -> dict:
     """The numbers of the report: metric, seeds, and for each arm, in order, what `write` shows. The first arm is the baseline."""
     runs = {name: [read_run(folder) for folder in group] for name, group in folders.items()}
-    metric = next(iter(runs.values()))[0].metric
+    metric = next((run.metric for group in runs.values() for run in group if run.metric), None)
+    if metric is None:
+        raise UserError("every run diverged: nothing to compare. Lower --learning_rate, or set --grad_clip or --warmup_iters")
     sign = 1 if lower_is_better(metric) else -1
     baseline, arms = next(iter(runs.values())), {}
     for name, group in runs.items():
@@ -72,7 +83,8 @@ def summarise(folders: dict[str, list[Path]]) -> dict:
             if all(run.serial for run in good):
                 arm["tokens_per_s"] = statistics.median(run.last["tokens"] / run.last["elapsed_s"] for run in good)
             if all(run.test is not None for run in good):
-                arm["test_accuracy"] = statistics.fmean(run.test for run in good)
+                arm |= {"test_accuracy": statistics.fmean(run.test for run in good),
+                        "test_sd": statistics.stdev(run.test for run in good) if len(good) > 1 else math.nan}
             if all("precond_power" in run.last for run in good):
                 arm["precond_power"] = [statistics.fmean(layer) for layer in zip(*(run.last["precond_power"] for run in good))]
         pairs = [(a, b) for a, b in zip(baseline, group) if not a.diverged and not b.diverged]
@@ -82,33 +94,37 @@ def summarise(folders: dict[str, list[Path]]) -> dict:
             late = [(math.inf, math.inf)] * (len(hits) - len(got))
             arm["steps_to_target"], arm["seconds_to_target"] = (statistics.median(values) for values in zip(*got, *late))
         arm["reached_target"] = f"{len(got)}/{len(hits)}"
-        if group is not baseline and len(pairs) > 1:
+        if group is not baseline and len(pairs) == len(group):  # seeds that diverged would flatter the others' mean
             differences = [b.final - a.final for a, b in pairs]
             arm |= {"paired": asdict(stats.paired(differences)), "differences": differences, "wins": sum(sign * d < 0 for d in differences)}
+            if all(run.test is not None for run in baseline + group):
+                arm["test_paired"] = asdict(stats.paired([b.test - a.test for a, b in pairs]))
     compared = [arm for arm in arms.values() if "paired" in arm]
     for arm, p in zip(compared, stats.holm([arm["paired"]["p"] for arm in compared])):
         arm["paired"]["p_holm"] = p
-    return {"metric": metric, "arms": arms}
+    identity = baseline[0].identity
+    return {"metric": metric, "script": identity["script"], "threads": identity["threads"], "torch": identity["torch"],
+            "device": identity["config"]["device"], "dtype": identity["config"]["dtype"], "code": identity["code"],
+            "serial": all(run.serial for group in runs.values() for run in group),
+            "training_seconds": sum(run.last.get("elapsed_s", 0.0) for group in runs.values() for run in group), "arms": arms}
 
 
 def conclusion(name: str, arm: dict, baseline: str, metric: str) -> str:
     """One sentence."""
     if arm["diverged"]:
-        said = f"{name} diverged on seed{'s' * (len(arm['diverged']) > 1)} {', '.join(map(str, arm['diverged']))}"
-        if "paired" not in arm:
-            return said + ", which leaves no pairs to compare."
-        said += "; on the others, "
-    else:
-        said = ""
+        seeds = ", ".join(map(str, arm["diverged"]))
+        return f"{name} diverged on {len(arm['diverged'])} of {len(arm['seeds'])} seeds ({seeds}): its other runs are no fair sample."
+    if "paired" not in arm:
+        return f"{name} cannot be compared: {baseline} diverged on some seeds."
     pair = arm["paired"]
     if pair["sd"] == 0 and pair["mean"] == 0:
-        return f"{said}{name} equals {baseline} exactly on all {pair['n']} seeds."
+        return f"{name} equals {baseline} exactly on all {pair['n']} seeds."
     if pair["p_holm"] < 0.05:
         better = (pair["mean"] < 0) == lower_is_better(metric)
-        return (f"{said}{name} is {'better' if better else 'worse'} than {baseline}: {metric} {'lower' if pair['mean'] < 0 else 'higher'} by "
-                f"{abs(pair['mean']):.4f} (95% interval {pair['low']:+.4f} to {pair['high']:+.4f}, Holm-corrected p = {pair['p_holm']:.2g}).")
-    needed = f"about {pair['seeds_needed']} seeds" if pair["seeds_needed"] else "more than 100,000 seeds"
-    return (f"{said}{name} and {baseline} cannot be told apart with {pair['n']} seeds: to see a difference of the size observed "
+        return (f"{name} is {'better' if better else 'worse'} than {baseline}: {metric} differs by {pair['mean']:+.4f} (95% interval "
+                f"{pair['low']:+.4f} to {pair['high']:+.4f}, p = {pair['p_holm']:.2g} after Holm's correction).")
+    needed = f"about {pair['seeds_needed']:,} seeds" if pair["seeds_needed"] else "more than 100,000 seeds"
+    return (f"{name} and {baseline} cannot be told apart with {pair['n']} seeds: to see a difference of the size observed "
             f"({pair['mean']:+.4f}) with a power of 80% takes {needed}.")
 
 
@@ -122,12 +138,14 @@ def number(value: float | None, form: str) -> str:
     return "" if value is None else "inf" if value == math.inf else "n/a" if math.isnan(value) else format(value, form)
 
 
-def write(folder: Path, folders: dict[str, list[Path]], command: str, tune: str, tuned: dict[str, dict[str, float]]) -> str:
-    """Write compare.md and compare.json to `folder`; return the former."""
+def write(folder: Path, folders: dict[str, list[Path]], command: str, tune: str, tuned: dict[str, dict[str, float | None]]) -> str:
+    """Write compare.md and compare.json to `folder`; return the former. tuned: by arm, value of `tune` -> mean result, None: diverged."""
     summary = summarise(folders)
     metric, arms = summary["metric"], summary["arms"]
     baseline = next(iter(arms))
-    lines = [f"`{command}`", "", f"{metric} at the last step, {len(arms[baseline]['seeds'])} seeds; differences are paired by seed, to {baseline}.", ""]
+    lines = [f"`{command}`", "", f"torch {summary['torch']}, {summary['device']}, {summary['dtype']}, threads={summary['threads']}, "
+             f"{summary['training_seconds']:,.0f} s of training in all.",
+             f"{metric} at the last step, {len(arms[baseline]['seeds'])} seeds; differences are paired by seed, to {baseline}.", ""]
     tested = any("test_accuracy" in arm for arm in arms.values())
     rows = []
     for name, arm in arms.items():
@@ -135,16 +153,20 @@ def write(folder: Path, folders: dict[str, list[Path]], command: str, tune: str,
         rows.append([name, number(arm.get("mean"), ".4f"), number(arm.get("sd"), ".4f"),
                      f"{pair['mean']:+.4f}" if pair else "", f"{pair['low']:+.4f} to {pair['high']:+.4f}" if pair else "",
                      f"{arm['wins']}/{pair['n']}" if pair else "", f"{pair['p_holm']:.2g}" if pair else ""]
-                    + [number(arm.get("test_accuracy"), ".4f")] * tested)
-    lines += table(["arm", "mean", "sd", "difference", "95% interval", "seeds won", "p (Holm)"] + ["test accuracy"] * tested, rows)
-    lines += [conclusion(name, arm, baseline, metric) for name, arm in list(arms.items())[1:] if "paired" in arm or arm["diverged"]] + [""]
-    serial = all("tokens_per_s" in arm or not arm.get("mean") for arm in arms.values())
-    lines += table(["arm", f"steps to {baseline}'s result", "seeds that reach it"] + ["seconds", "tokens/s"] * serial + ["peak memory (MB)"],
+                    + [number(arm.get("test_accuracy"), ".4f"), number(arm.get("test_sd"), ".4f"), test_difference(arm)] * tested)
+    lines += table(["arm", "mean", "sd", "difference", "95% interval", "seeds won", "p (Holm)"]
+                   + ["test accuracy", "sd", "difference, 95% interval"] * tested, rows)
+    lines += [conclusion(name, arm, baseline, metric) for name, arm in list(arms.items())[1:]] + [""]
+    if arms[baseline]["diverged"]:
+        lines[-1:] = [f"The baseline {baseline} diverged on the seeds {', '.join(map(str, arms[baseline]['diverged']))}.", ""]
+    serial = summary["serial"]
+    lines += table(["arm", f"steps to the result of {baseline}", "seeds that reach it"] + ["seconds", "tokens/s"] * serial
+                   + ["peak memory (MB)"],
                    [[name, number(arm.get("steps_to_target"), ".0f"), arm["reached_target"]]
                     + ([number(arm.get("seconds_to_target"), ".1f"), number(arm.get("tokens_per_s"), ",.0f")] if serial else [])
                     + [number(arm.get("peak_memory_mb"), ",.0f")] for name, arm in arms.items()])
     if not serial:
-        lines += ["Runs shared the machine: seconds and tokens/s are reported with --jobs=1.", ""]
+        lines += ["Runs shared the machine: for seconds and tokens/s, run with --jobs=1 in another --out_dir.", ""]
     rows = [[name, which, *(number(value, ".4g") for value in arm.get(key, []))] for name, arm in arms.items()
             for which, key in (("A", "kappa_before"), ("C A", "kappa_after")) if arm.get(key)]
     if rows:
@@ -155,14 +177,31 @@ def write(folder: Path, folders: dict[str, list[Path]], command: str, tune: str,
         lines += table(["arm", *(f"layer {i}" for i in range(len(next(iter(powers.values())))))],
                        [[name, *(f"{p:.3f}" for p in power)] for name, power in powers.items()])
     if tuned:
-        values = list(dict.fromkeys(value for arm in tuned.values() for value in arm))
-        lines += [f"Mean {metric} of --tune {tune}, on seeds of its own:", ""]
-        lines += table(["arm", *values], [[name, *(number(arm.get(value, math.nan), ".4f") for value in values)] for name, arm in tuned.items()])
+        values = list(next(iter(tuned.values())))
+        chosen = {name: best({v: mean for v, mean in means.items() if mean is not None}, metric) for name, means in tuned.items()}
+        lines += [f"Mean {metric} by {tune}, on other seeds; each arm has its best one (*):", ""]
+        lines += table(["arm", *values], [[name, *("diverged" if mean is None else f"{mean:.4f}" + "*" * (value == chosen[name])
+                                                   for value, mean in means.items())] for name, means in tuned.items()])
+        if edge := [name for name, value in chosen.items() if value in (min(values, key=rank), max(values, key=rank))]:
+            lines += [f"The best {tune} of {', '.join(edge)} is at the end of the values tried: a wider range may change the result.", ""]
     text = "\n".join(lines)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.md").write_text(text, encoding="utf-8")
     (folder / "compare.json").write_text(json.dumps({"command": command, "tuned": tuned, **finite(summary)}, indent=1) + "\n")
     return text
+
+
+def rank(value: str) -> float | str:
+    """Numbers in their order, words in the alphabet's."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def test_difference(arm: dict) -> str:
+    pair = arm.get("test_paired")
+    return f"{pair['mean']:+.4f}, {pair['low']:+.4f} to {pair['high']:+.4f}" if pair else ""
 
 
 def finite(value):

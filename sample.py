@@ -3,6 +3,7 @@
     python sample.py                                              # from the best checkpoint in out/
     python sample.py --start="ROMEO:" --num_samples=5 --temperature=0.7
     python sample.py --start=FILE:prompt.txt --stop="\\n\\n" --out_dir=out-mine
+    python sample.py --start=LINES:prompts.txt                    # one sample for each line, in one batch
 """
 import codecs
 import signal
@@ -18,7 +19,7 @@ import checkpoint
 import config as options
 from config import UserError
 from data import text
-from device import Compute
+from device import DTYPES, Compute
 from model import GPT, KVCache
 
 
@@ -26,8 +27,8 @@ from model import GPT, KVCache
 class Config:
     out_dir: Annotated[str, "folder of the run"] = "out"
     ckpt: Annotated[Literal["best", "latest"], "best by validation loss, where there is one, or the latest"] = "best"
-    start: Annotated[str, "prompt, or FILE:path/to/prompt.txt"] = "\n"
-    num_samples: Annotated[int, "samples, drawn in one batch; the first is shown as it is written"] = 3
+    start: Annotated[str, "prompt, FILE:path/to/prompt.txt, or LINES:path/to/prompts.txt, a prompt a line"] = "\n"
+    num_samples: Annotated[int, "samples of a prompt, all drawn in one batch; the first is shown as it is written"] = 3
     max_new_tokens: Annotated[int, "length of a sample in tokens"] = 500
     temperature: Annotated[float, "1: the model's distribution; below: more cautious; 0: always the likeliest token"] = 0.8
     top_k: Annotated[int, "choose among the k likeliest tokens; 0: all"] = 200
@@ -45,26 +46,40 @@ class Config:
 
 
 @torch.no_grad()
-def generate(model: GPT, prompt: torch.Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-             generator: torch.Generator | None = None) -> Iterator[torch.Tensor]:
+def generate(model: GPT, prompt: torch.Tensor, max_new_tokens: int, *, padding: torch.Tensor | None = None, temperature: float = 1.0,
+             top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Iterator[torch.Tensor]:
     """Yield the next token of each sequence, (B,), max_new_tokens times, after `prompt` (B, T).
 
-    The model sees at most block_size tokens. Keys and values are cached; when the window is full, its last half is kept and the cache
-    computed anew, once for the next block_size / 2 tokens. temperature=0 is greedy; `generator` lives on the model's device.
+    Prompts of different length end together: row i begins with padding[i] tokens of any value that count for nothing (see `stack`).
+    The model sees at most block_size tokens. Keys and values are cached, in the dtype of the model's weights; when the window is full,
+    its last half is kept and the cache computed anew, once for the next block_size / 2 tokens. With padding the window is full for all
+    when it is for the longest. temperature=0 is greedy; `generator` lives on the model's device.
     """
     block, T = model.config.block_size, prompt.size(1)
     tokens = torch.cat([prompt, prompt.new_empty(prompt.size(0), max_new_tokens)], dim=1)
-    dtype = torch.get_autocast_dtype(prompt.device.type) if torch.is_autocast_enabled(prompt.device.type) else torch.float32
-    cache = KVCache(model.config, prompt.size(0), prompt.device, dtype)
-    new = prompt[:, -block:]
+    cache = KVCache(model.config, prompt.size(0), prompt.device, model.wte.weight.dtype)
+
+    def window(start: int, end: int) -> torch.Tensor:
+        if padding is not None:
+            cache.padding = (padding - start).clamp(min=0)
+        return tokens[:, start:end]
+    new = window(max(0, T - block), T)
     for end in range(T, T + max_new_tokens):
         if cache.length == block:
             cache.length = 0
-            new = tokens[:, end - max(1, block // 2):end]
+            new = window(end - max(1, block // 2), end)
         logits = model(new, cache=cache)[0][:, -1].float()
         new = choose(logits, temperature, top_k, top_p, generator)[:, None]
         tokens[:, end:end + 1] = new
         yield new[:, 0]
+
+
+def stack(prompts: list[list[int]], device=None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts -> tokens (B, T), filled up with 0 in front, and padding (B,), how many each has; None where all are of one length."""
+    T = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=device)
+    padding = torch.tensor([T - len(p) for p in prompts], device=device)
+    return tokens, padding if min(map(len, prompts)) < T else None
 
 
 def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> torch.Tensor:
@@ -111,19 +126,20 @@ class Writer:
         return part
 
 
-def read_prompt(start: str) -> str:
-    """The prompt itself, or the contents of the file that FILE:path names. Raises UserError."""
-    if start.startswith("FILE:"):
-        path = Path(start.removeprefix("FILE:"))
+def read_prompts(start: str) -> list[str]:
+    """The prompt itself, the contents of the file that FILE:path names, or the lines of LINES:path. Raises UserError."""
+    prompts, (kind, _, path) = [start], start.partition(":")
+    if kind in ("FILE", "LINES"):
         try:
-            start = path.read_text(encoding="utf-8")
+            content = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise UserError(f"--start=FILE:{path}: no such file") from None
+            raise UserError(f"--start={start}: no such file") from None
         except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--start=FILE:{path}: cannot be read as UTF-8 text ({e})") from None
-    if not start:
+            raise UserError(f"--start={start}: cannot be read as UTF-8 text ({e})") from None
+        prompts = [content] if kind == "FILE" else [line for line in content.split("\n") if line]
+    if not prompts or not prompts[0]:
         raise UserError("the prompt is empty: give at least one character with --start")
-    return start
+    return prompts
 
 
 def main():
@@ -134,25 +150,23 @@ def main():
     if "tokenizer" not in saved.get("task", {}):
         raise UserError(f"{folder} holds no language model of train.py")
     tokenizer = text.load_tokenizer(saved["task"]["tokenizer"])
-    prompt = read_prompt(config.start)
-    ids = tokenizer.encode(prompt)
+    prompts = [prompt for prompt in read_prompts(config.start) for _ in range(config.num_samples)]
     with Compute(config.device, config.dtype, saved["config"]["n_embd"]) as compute:
-        model = GPT.from_checkpoint(saved).to(compute.device)
+        model = GPT.from_checkpoint(saved).to(compute.device, DTYPES[compute.dtype])  # without gradients the weights are cast once
         generator = torch.Generator(compute.device).manual_seed(config.seed)
-        batch = torch.tensor([ids] * config.num_samples, device=compute.device)
-        writers = [Writer(tokenizer, config.stop.replace("\\n", "\n")) for _ in range(config.num_samples)]
-        print(prompt, end="", flush=True)
-        with compute.autocast():
-            for new in generate(model, batch, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-                                top_p=config.top_p, generator=generator):
-                for i, (writer, token) in enumerate(zip(writers, new.tolist())):
-                    part = writer.add(token)
-                    if i == 0:
-                        print(part, end="", flush=True)
-                if all(writer.done for writer in writers):
-                    break
+        batch, padding = stack([tokenizer.encode(prompt) for prompt in prompts], compute.device)
+        writers = [Writer(tokenizer, config.stop.replace("\\n", "\n")) for _ in prompts]
+        print(prompts[0], end="", flush=True)
+        for new in generate(model, batch, config.max_new_tokens, padding=padding, temperature=config.temperature, top_k=config.top_k,
+                            top_p=config.top_p, generator=generator):
+            for i, (writer, token) in enumerate(zip(writers, new.tolist())):
+                part = writer.add(token)
+                if i == 0:
+                    print(part, end="", flush=True)
+            if all(writer.done for writer in writers):
+                break
         print(writers[0].end())
-        for writer in writers[1:]:
+        for prompt, writer in zip(prompts[1:], writers[1:]):
             writer.end()
             print("-" * 20 + f"\n{prompt}{writer.text}")
 

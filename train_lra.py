@@ -1,7 +1,7 @@
 """Long Range Arena: classify long sequences, with or without preconditioned attention.
 
     python train_lra.py                                        # ListOps up to 128 symbols, generated: minutes on two CPU cores
-    python train_lra.py listops --precond=True                 # the same, preconditioned
+    python train_lra.py listops --precond=True --out_dir=out-lra-on                # the same, preconditioned
     python train_lra.py pathfinder --attention=nystrom         # a task by name takes its laptop preset, where it has one
     python train_lra.py config/lra_listops.toml --attention=nystrom                # the real task, 2,000 symbols
     python train_lra.py config/lra_image.toml --source=cifar-10-python.tar.gz      # downloaded data
@@ -33,8 +33,8 @@ from trainer import Trainer, TrainerConfig
 TASKS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
 GENERATED = {  # the options that each generator takes
     "listops": ("min_length", "max_length", "max_depth", "max_args"),
-    "pathfinder": ("contour_length", "distractors"),
-    "pathx": ("contour_length", "distractors"),
+    "pathfinder": ("size", "contour_length", "distractors", "seed_distance"),
+    "pathx": ("size", "contour_length", "distractors", "seed_distance"),
 }
 
 
@@ -43,15 +43,23 @@ class Config(TrainerConfig, ModelConfig):
     task: Annotated[Literal[TASKS], "what to classify", "fixed"] = "listops"
     source: Annotated[str, "released archive or folder to read; empty: generate, or look in data_dir", "fixed"] = ""
     data_dir: Annotated[str, "where prepared data is kept and downloads are looked for"] = "data"
-    n_train: Annotated[int, "generated training samples", "fixed"] = 20000
+    n_train: Annotated[int, "generated training samples", "fixed"] = 50000
     n_val: Annotated[int, "generated validation samples", "fixed"] = 2000
     n_test: Annotated[int, "generated test samples", "fixed"] = 2000
-    min_length: Annotated[int, "listops: keep trees longer than this", "fixed"] = 16
+    min_length: Annotated[int, "listops: keep trees longer than this", "fixed"] = 8
     max_length: Annotated[int, "listops: and shorter than this", "fixed"] = 129
-    max_depth: Annotated[int, "listops: deepest level", "fixed"] = 10
-    max_args: Annotated[int, "listops: most arguments of an operator", "fixed"] = 10
+    max_depth: Annotated[int, "listops: deepest level", "fixed"] = 4
+    max_args: Annotated[int, "listops: most arguments of an operator", "fixed"] = 5
+    size: Annotated[int, "pathfinder, pathx: pixels a side", "fixed"] = 32
     contour_length: Annotated[int, "pathfinder, pathx: paddles of a target snake", "fixed"] = 14
     distractors: Annotated[int, "pathfinder, pathx: number of distractor snakes", "fixed"] = 5
+    seed_distance: Annotated[int, "pathfinder, pathx: pixels between the starts of the two targets", "fixed"] = 7
+    out_dir: Annotated[str, "folder of the run: checkpoints, metrics, configuration"] = "out-lra-listops-small"
+    batch_size: Annotated[int, "sequences in one forward pass of one process"] = 32
+    max_iters: Annotated[int, "training steps"] = 4000
+    learning_rate: Annotated[float, "peak learning rate"] = 2e-3
+    min_lr: Annotated[float, "learning rate at the end"] = 2e-5
+    eval_interval: Annotated[int, "steps between evaluations, each followed by a checkpoint"] = 500
     show: Annotated[int, "with eval_only: show this many test inputs with prediction and label"] = 0
     block_size: Annotated[int, "longest sequence in tokens; longer ones are cut", "fixed"] = 128
     n_layer: Annotated[int, "number of blocks", "fixed"] = 2
@@ -79,9 +87,8 @@ class Classification:
         """Samples of an endless sequence of epochs, each a permutation drawn from (seed, epoch): tokens, mask, labels."""
         n = len(self.splits["train"])
         epoch, i = np.divmod(np.arange(first, first + count), n)
-        for e in set(epoch) - set(self.epochs):
-            self.epochs = {old: order for old, order in self.epochs.items() if old == e - 1}
-            self.epochs[e] = np.random.default_rng([self.seed, e]).permutation(n)
+        self.epochs = {e: self.epochs[e] if e in self.epochs else np.random.default_rng([self.seed, e]).permutation(n)
+                       for e in set(epoch.tolist())}
         return self.splits["train"].batch([self.epochs[e][j] for e, j in zip(epoch, i)])
 
     def loss(self, model, x, mask, y):
@@ -116,7 +123,7 @@ class Classification:
     def probe(self, model, compute: Compute):
         x, mask, _ = compute.move(*self.splits["val"].batch(np.arange(min(4, len(self.splits["val"])))))
         model(x, mask)
-        return None if x.dim() == 3 else mask
+        return mask.view(-1, mask.size(-1))  # the two towers of a pair are sequences of their own
 
     def state(self) -> dict:
         return {name: self.meta[name] for name in ("task", "classes", "vocab_size", "towers", "block_size", "seed", "counts", "sizes")}

@@ -2,7 +2,8 @@
 
 A script brings a model and a task:
 
-    task.batch(first, count)      the samples first ... first + count - 1 of the run's endless sequence -> CPU tensors
+    task.batch(first, count)      the samples first ... first + count - 1 of the run's endless sequence -> CPU tensors; the first
+                                  holds their tokens, each task.values_per_token values (1 where the task does not say)
     task.loss(model, *batch)      -> (loss, ...): mean values over the batch, named by task.train_metrics, the loss first
     task.evaluate(model, compute) -> {"val_loss": ..., ...}, every sample counted once over all processes
     task.probe(model, compute)    one forward pass on a few fixed validation samples, for kappa; returns their mask or None
@@ -26,6 +27,7 @@ import torch
 
 import checkpoint
 import config as options
+import fast
 from config import UserError
 from device import Compute
 from metrics import Metrics, layer_kappa
@@ -58,6 +60,8 @@ class TrainerConfig:
     device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], "of the forward and backward pass"] = "auto"
     compile: Annotated[bool, "torch.compile the model"] = False
+    fused: Annotated[bool, "AdamW as one kernel; off: an operation at a time"] = True
+    tune_malloc: Annotated[bool, "on a CPU with glibc: keep freed memory for the next step"] = True
     tensorboard: Annotated[bool, "write TensorBoard events to out_dir"] = False
     wandb_log: Annotated[bool, "log to Weights & Biases"] = False
     wandb_project: Annotated[str, "Weights & Biases project"] = "precond"
@@ -123,11 +127,11 @@ def learning_rate(config: TrainerConfig, step: int) -> float:
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainerConfig) -> torch.optim.AdamW:
-    """AdamW, fused; weight decay on matrices, none on vectors and scalars."""
+    """AdamW; weight decay on matrices, none on vectors and scalars."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=config.fused)
 
 
 class Trainer:
@@ -136,7 +140,11 @@ class Trainer:
     def __init__(self, config: TrainerConfig, task, model: torch.nn.Module, compute: Compute, saved: dict | None = None):
         check_world(config, compute)
         self.config, self.task, self.compute, self.folder = config, task, compute, Path(config.out_dir)
+        tuned = config.tune_malloc and compute.device.type == "cpu" and fast.tune_allocator()
         self.raw = model.to(compute.device)
+        if compute.main:
+            print(f"speed: {getattr(model, 'loss', 'plain')} loss, {'fused ' if config.fused else ''}AdamW, "
+                  f"{'tuned malloc' if tuned else 'malloc as it is'}", flush=True)
         if config.compile:
             check_compiler(compute)
         self.model = compute.wrap(torch.compile(self.raw) if config.compile else self.raw)
@@ -204,7 +212,7 @@ class Trainer:
                     means = self.task.loss(self.model, *batch)
                 self.scaler.scale(means[0] * (count / share)).backward()
             values = values + torch.stack([m.detach().float() for m in means]) * (count / share)
-            self.interval["tokens"] += batch[0].numel()
+            self.interval["tokens"] += batch[0].numel() // getattr(self.task, "values_per_token", 1)
         self.scaler.unscale_(self.optimizer)
         parameters = list(self.raw.parameters())
         if config.grad_clip:

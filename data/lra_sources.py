@@ -163,25 +163,39 @@ def _read_text(source: Path, seed: int) -> Iterator[tuple]:
 
 
 def _read_image(source: Path, seed: int) -> Iterator[tuple]:
+    """Grey = 0.299 R + 0.587 G + 0.114 B, cut to an integer, in exact arithmetic."""
+    for split, batch in cifar10(source):
+        samples = []
+        for label, image in batch:
+            red, green, blue = image.astype(np.uint32)
+            samples.append((label, ((299 * red + 587 * green + 114 * blue) // 1000).astype(np.uint8).tobytes()))
+        if split == "train":
+            yield from _hold_out(samples, len(samples), ("val",), seed)
+        else:
+            yield from (("test", *sample) for sample in samples)
+
+
+def cifar10(source: Path) -> Iterator[tuple[str, list[tuple[int, np.ndarray]]]]:
+    """("train", samples), then ("val", samples) of CIFAR-10: (label, image (3, 32, 32) uint8), val being its test batch.
+
+    source: its archive for Python, or where it was unpacked to. Raises DataError, and what a damaged archive raises (DAMAGED).
+    """
     batches = {name: _images(file, name) for name, file in _files(source, "image")}
-    train = [sample for name in TASKS["image"].parts[:-1] for sample in batches[name]]
-    yield from _hold_out(train, len(train), ("val",), seed)
-    for label, image in batches["test_batch"]:
-        yield "test", label, image
+    yield "train", [sample for name in TASKS["image"].parts[:-1] for sample in batches[name]]
+    yield "val", batches["test_batch"]
 
 
-def _images(file: BinaryIO, name: str) -> list[tuple[int, bytes]]:
-    """(label, grey image) of a CIFAR-10 batch. Grey = 0.299 R + 0.587 G + 0.114 B, cut to an integer, in exact arithmetic."""
+def _images(file: BinaryIO, name: str) -> list[tuple[int, np.ndarray]]:
+    """(label, image (3, 32, 32) uint8) of a CIFAR-10 batch."""
     content = file.read()  # before the try: what fails here is the archive
     try:
         batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-        data, labels = batch[b"data"], batch[b"labels"]
-        red, green, blue = np.asarray(data, np.uint8).astype(np.uint32).reshape(len(labels), 3, 1024).swapaxes(0, 1)
+        labels = batch[b"labels"]
+        data = np.asarray(batch[b"data"], np.uint8).reshape(len(labels), 3, 32, 32)
     except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, MemoryError, OverflowError, TypeError,
             ValueError) as error:
         raise DataError(f"{name} is not a batch of CIFAR-10 ({type(error).__name__}: {error}): download it again") from None
-    grey = ((299 * red + 587 * green + 114 * blue) // 1000).astype(np.uint8)
-    return [(_label(label, "image", f"{name}, image {i}"), image.tobytes()) for i, (label, image) in enumerate(zip(labels, grey))]
+    return [(_label(label, "image", f"{name}, image {i}"), image) for i, (label, image) in enumerate(zip(labels, data))]
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,29 @@ def shell(*command, check=True, **env) -> subprocess.CompletedProcess:
 
 def torchrun(processes: int, *command, **kwargs) -> subprocess.CompletedProcess:
     return shell("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command, **kwargs)
+
+
+def launch(processes: int, *command, **kwargs) -> subprocess.CompletedProcess:
+    return shell(*command, **kwargs) if processes == 1 else torchrun(processes, *command, **kwargs)
+
+
+def killer(folder: Path, script: str, step: int) -> Path:
+    """A program that runs `script`'s main and kills itself (SIGKILL) when the last rank, or the only process, is about to take `step`."""
+    path = folder / "killer.py"
+    path.write_text(textwrap.dedent(f"""
+        import os, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import {script}, trainer
+        train_step = trainer.Trainer.train_step
+        def killing(self):
+            if self.step == {step} and self.compute.rank == self.compute.world - 1:
+                os.kill(os.getpid(), 9)
+            train_step(self)
+        trainer.Trainer.train_step = killing
+        if __name__ == "__main__":
+            {script}.main()
+    """))
+    return path
 
 
 def read_metrics(folder) -> list[dict]:

@@ -1,148 +1,358 @@
-"""compare.py and report.py: arms, identity of runs, resuming, divergence, what the report says."""
+"""compare.py: pairs are exact, nothing mixes, nothing is dropped. `fake` runs stand for training where only the comparison is tested."""
+import fcntl
 import json
-import math
+import os
+import signal
+import statistics
+import sys
+import textwrap
+from types import SimpleNamespace
 
 import pytest
 
 import compare
+import plot
 import report
-from config import UserError
-from conftest import SMALL, error
+import runs
+import stats
+import trainer
+from conftest import SMALL, error, read_metrics
 
-RUN = ["train.py", *SMALL, "--max_iters=4", "--eval_interval=2", "--log_interval=1", "--seeds=2"]
+TINY = [*SMALL, "--max_iters=6", "--eval_interval=2", "--log_interval=1", "--warmup_iters=2"]
+FAKE = """
+    import json, os, signal, sys, time
+    from pathlib import Path
+    typed = dict(word[2:].partition("=")[::2] for word in sys.argv[1:] if word.startswith("--"))
+    rate, seed, power = (float(typed.get(k, d)) for k, d in (("learning_rate", 1e-3), ("seed", 0), ("precond_power", 0)))
+    folder = Path(typed["out_dir"])
+    if power == 7:
+        sys.exit("no space left")
+    if power == 8 and seed in (2, 100001):
+        print("train.py: error: the loss is not finite at step 3. Lower --learning_rate")
+        sys.exit(2)
+    if power == 9 and seed == 1 and not (folder / "ckpt.pt").exists():
+        (folder / "ckpt.pt").write_text(typed["init_from"])
+        signal.signal(signal.SIGTERM, lambda *_: (folder / "saved").touch() or sys.exit(143))
+        (folder / "metrics.jsonl").write_text('{"step": 2, "val_loss": 1}\\n')
+        time.sleep(60)
+    (folder / "started.txt").write_text(" ".join(sys.argv[1:]))
+    loss = 2 + abs(rate - (1e-3 if power == 0 else 1e-2)) + 0.01 * seed - 0.1 * power * (1 + 0.1 * seed)
+    with open(folder / "metrics.jsonl", "w") as f:
+        for step in range(0, 7, 2):
+            value = loss + (6 - step)
+            kappa = {"kappa_before": [10.0 + seed, None], "kappa_after": [5.0 + seed, 2.0]}
+            costs = {"elapsed_s": step / 2, "tokens": 10 * step, "peak_memory_mb": 7}
+            f.write(json.dumps({"step": step, METRIC: value, **costs, **kappa}) + "\\n")
+"""
 
 
 @pytest.fixture
-def words(corpus, tmp_path):
-    return [*RUN, *corpus, f"--out_dir={tmp_path / 'cmp'}"]
+def fake(tmp_path, monkeypatch):
+    """Runs that train nothing; fake("val_accuracy") changes what they record."""
+    def record(metric):
+        path = tmp_path / "fake.py"
+        path.write_text(f"METRIC = {metric!r}\n" + textwrap.dedent(FAKE))
+        command = compare.Comparison.command
+        if not hasattr(command, "faked"):
+            def replaced(self, run):
+                return [sys.executable, "-S", str(path), *command(self, run)[2:]]
+            replaced.faked = True
+            monkeypatch.setattr(compare.Comparison, "command", replaced)
+    monkeypatch.setattr(compare, "POLL", 0.01)
+    record("val_loss")
+    return record
 
 
-def test_arms():
-    grid = compare.make_arms([("vary", "precond=False,True"), ("vary", "n_layer=1,2")])
-    assert [arm.words for arm in grid] == [["--precond=False", "--n_layer=1"], ["--precond=False", "--n_layer=2"],
-                                           ["--precond=True", "--n_layer=1"], ["--precond=True", "--n_layer=2"]]
-    named = compare.make_arms([("arm", "off: precond=False"), ("arm", "half: precond=True precond_power=0.5")])
-    assert [(arm.name, arm.words) for arm in named] == [("off", ["--precond=False"]), ("half", ["--precond=True", "--precond_power=0.5"])]
+@pytest.fixture
+def study(fake, call, tmp_path):
+    """study(arguments) -> (what `call` returns, compare.json)."""
+    def run(*arguments, script="train.py"):
+        result = call(compare, script, "--max_iters=6", f"--out_dir={tmp_path / 'out'}", *arguments)
+        path = tmp_path / "out/compare.json"
+        return result, json.loads(path.read_text()) if path.exists() else None
+    return run
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--vary", "precond=False,True", "--seeds=1"], "seeds=1: a comparison needs at least two"),
-    (["--vary", "precnd=False,True"], "did you mean --precond?"),
-    (["--vary", "precond=False,perhaps"], "is not of type bool"),
-    (["--vary", "precond=True,on"], "are the same configuration"),
-    (["--vary", "precond"], "write --vary KEY=VALUE,VALUE"),
-    (["--arm", "off precond=False"], 'write --arm "NAME: KEY=VALUE'),
-    (["--arm", "off: precond=False"], "nothing to compare"),
-    (["--vary", "precond=False,True", "--seed=3"], "--seed is set by the comparison itself"),
-    (["--vary", "precond=False,True", "--tune=learning_rate"], "write --tune KEY=VALUE,VALUE"),
-])
-def test_mistakes(arguments, message, words, call):
-    assert message in error(call(compare, *words, *arguments))
+def folders(out):
+    return sorted(path for path in (out / "runs").iterdir())
 
 
-def test_unknown_script(call):
-    assert "name the script to compare first" in error(call(compare, "trian.py", "--vary", "precond=False,True"))
+def test_pairs_are_exact_and_stopping_changes_nothing(corpus, tmp_path, call, monkeypatch):
+    off, on, again = ["--arm", "off: precond=False"], ["--arm", "on: precond=True"], ["--arm", "again: log_interval=2"]
+    common = ["train.py", *TINY, *corpus, "--seeds=2"]
+    monkeypatch.setattr(compare, "POLL", 0.05)
+    code, out, _ = call(compare, *common, *off, *on, f"--out_dir={tmp_path / 'whole'}")
+    whole = json.loads((tmp_path / "whole/compare.json").read_text())
+    assert code == 0 and 0 not in whole["arms"]["on"]["differences"]
+    assert "tokens/s" in out and (tmp_path / "whole/compare.md").read_text() in out
 
+    ended, stopped = runs.Run.ended, []
 
-def test_same_command_keeps_runs_and_an_a_a_comparison_is_exactly_zero(words, tmp_path, call, monkeypatch):
-    command = [*words, "--vary", "wandb_project=a,b", "--vary", "tensorboard=False"]
-    assert "are the same configuration" in error(call(compare, *command))  # neither can change a result
-    command = [*words, "--vary", "log_interval=1,2"]
-    code, out, _ = call(compare, *command)
-    assert code == 0 and "log_interval=2 equals log_interval=1 exactly on all 2 seeds." in out
-    first = json.loads((tmp_path / "cmp/compare.json").read_text())
-    assert first["arms"]["log_interval=2"]["differences"] == [0.0, 0.0]
-    assert (tmp_path / "cmp/compare.md").read_text() in out + "\n"
-    with monkeypatch.context() as patch:  # nothing is trained again
-        patch.setattr(compare.Comparison, "start", lambda *_: pytest.fail("a finished run was started again"))
-        assert call(compare, *command)[0] == 0
-    assert call(compare, *[w.replace("/cmp", "/again") for w in command])[0] == 0
-    again = json.loads((tmp_path / "again/compare.json").read_text())
-    assert [arm["final"] for arm in again["arms"].values()] == [arm["final"] for arm in first["arms"].values()]
-
-
-def test_another_configuration_thread_count_or_code_is_another_run(words, monkeypatch):
-    arguments = [*words, "--vary", "precond=False,True"]
-
-    def folder(extra=(), **attributes):
-        comparison = compare.Comparison([*arguments, *extra])
-        vars(comparison).update(attributes)
-        return comparison.run_of(comparison.arms[0], 1).folder
-    folders = [folder(), folder(["--dropout=0.1"]), folder(["--threads=2"]), folder(code="other")]
-    assert len(set(folders)) == 4 and folder(["--tensorboard"]) == folder() == folder(["--jobs=2"])
-
-
-def test_code_hash_covers_what_a_script_imports(monkeypatch, tmp_path):
-    for name, text in (("a.py", "from data import b"), ("c.py", "x = 1"), ("other.py", "x = 1")):
-        (tmp_path / name).write_text(text)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/b.py").write_text("def f():\n    import c")
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    before = compare.code_hash("a.py")
-    (tmp_path / "other.py").write_text("x = 2")
-    assert compare.code_hash("a.py") == before
-    (tmp_path / "c.py").write_text("x = 2")
-    assert compare.code_hash("a.py") != before
-
-
-def test_stopped_comparison_goes_on(words, tmp_path, call, monkeypatch):
-    command = [*words, "--vary", "precond=False,True"]
-    finish, finished = compare.Comparison.finish, []
-
-    def stop_after_one(self, run):
-        finish(self, run)
-        finished.append(run)
-        raise KeyboardInterrupt
+    def interrupting(self):  # when a run has begun
+        if not stopped and self.process and (self.folder / "ckpt.pt").exists():
+            stopped.append(os.kill(os.getpid(), signal.SIGTERM))
+        return ended(self)
     with monkeypatch.context() as patch:
-        patch.setattr(compare.Comparison, "finish", stop_after_one)
-        code, _, err = call(compare, *command)
-    assert code == 130 and "Type the same command again to go on" in err
-    assert len(list((tmp_path / "cmp").glob("runs/*/record.json"))) == 1
-    assert call(compare, *command)[0] == 0
-    assert len(list((tmp_path / "cmp").glob("runs/*/record.json"))) == 4
+        patch.setattr(runs.Run, "ended", interrupting)
+        code, _, err = call(compare, *common, *off, *again, "--jobs=2", f"--out_dir={tmp_path / 'parts'}")
+    assert code == 143 and "Type the same command again" in err and not (tmp_path / "parts/compare.json").exists()
+    code, out, _ = call(compare, *common, *off, *again, f"--out_dir={tmp_path / 'parts'}")
+    parts = json.loads((tmp_path / "parts/compare.json").read_text())
+    same = parts["arms"]["again"]
+    assert code == 0 and "again equals off exactly on all 2 seeds" in out
+    assert same["differences"] == [0, 0] and (same["paired"]["low"], same["paired"]["high"], same["paired"]["p"]) == (0, 0, 1)
+    assert parts["arms"]["off"]["final"] == whole["arms"]["off"]["final"]
+    assert not parts["serial"] and "| tokens/s" not in out and "run with --jobs=1" in out
+    for a, b in zip(folders(tmp_path / "parts")[2:], folders(tmp_path / "whole")[:2], strict=True):
+        assert a.name == b.name and a.name.startswith("off-") and read_metrics(a) == read_metrics(b)
 
 
-def fake_run(folder, seed, values, diverged=None, metric="val_loss"):
-    """A finished run with evaluations `values` at steps 0, 10, ..."""
-    folder.mkdir(parents=True)
-    lines = [{"step": 10 * i, metric: value, "elapsed_s": float(i), "tokens": 100 * i, "peak_memory_mb": 50.0,
-              "kappa_before": [2.0, None], "kappa_after": [1.0, 3.0]} for i, value in enumerate(values)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "record.json").write_text(json.dumps({"seed": seed, "diverged": diverged, "serial": True}))
-    return folder
+def test_long_range_arena_is_judged_by_accuracy(tmp_path, call):
+    sizes = "--n_head=1 --block_size=60 --max_length=60 --n_train=40 --n_val=8 --n_test=16 --max_iters=2 --eval_interval=2".split()
+    code, out, err = call(compare, "train_lra.py", "listops", *SMALL, *sizes, f"--data_dir={tmp_path / 'data'}", "--vary",
+                          "precond=False,True", "--seeds=2", f"--out_dir={tmp_path / 'out'}")
+    assert code == 0, err
+    result = json.loads((tmp_path / "out/compare.json").read_text())
+    assert result["metric"] == "val_accuracy" and "test accuracy" in out
+    tests = [json.loads((f / "test.json").read_text())["test_accuracy"] for f in folders(tmp_path / "out")]
+    assert [arm["test_accuracy"] for arm in result["arms"].values()] == [statistics.fmean(tests[:2]), statistics.fmean(tests[2:])]
 
 
-def test_report(tmp_path):
-    a = [fake_run(tmp_path / f"a{i}", i, [4.0, 3.0, 2.0 + i / 10]) for i in range(3)]
-    b = [fake_run(tmp_path / f"b{i}", i, [4.0, 2.0, 1.5 + i / 10 + 0.01 * i]) for i in range(3)]
-    c = [fake_run(tmp_path / f"c{i}", i, [4.0, 3.0, 2.1 + i / 10], "step 7" if i == 1 else None) for i in range(3)]
-    summary = report.summarise({"a": a, "b": b, "c": c})["arms"]
-    assert summary["a"]["mean"] == pytest.approx(2.1) and summary["a"]["sd"] == pytest.approx(0.1)
-    assert summary["b"]["differences"] == pytest.approx([-0.5, -0.49, -0.48]) and summary["b"]["wins"] == 3
-    assert summary["b"]["steps_to_target"] == 10 and summary["b"]["seconds_to_target"] == 1.0 and summary["b"]["reached_target"] == "3/3"
-    assert summary["a"]["tokens_per_s"] == 100 and summary["a"]["kappa_before"] == [2.0, math.inf]
-    assert summary["c"]["diverged"] == {1: "step 7"} and summary["c"]["differences"] == pytest.approx([0.1, 0.1])
-    assert summary["c"]["reached_target"] == "0/2" and "steps_to_target" not in summary["c"]
-    text = report.write(tmp_path, {"a": a, "b": b, "c": c}, "command", "", {})
-    assert "b is better than a: val_loss lower by 0.4900" in text and "c diverged on seed 1; on the others, c is worse than a" in text
-    assert "| a   | A   | 2       | inf     |" in text
-    json.loads((tmp_path / "compare.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+def test_the_report_says_what_the_runs_recorded(study):
+    (code, out, _), result = study("--vary", "precond_power=0,1", "--seeds=4")
+    assert code == 0 and result["metric"] == "val_loss"
+    off, on = result["arms"].values()
+    assert off["final"] == pytest.approx([2.01, 2.02, 2.03, 2.04]) and off["mean"] == pytest.approx(2.025)
+    assert on["differences"] == [b - a for a, b in zip(off["final"], on["final"])] and on["wins"] == 4
+    expected = stats.paired(on["differences"])
+    assert (on["paired"]["p"], on["paired"]["low"]) == (expected.p, expected.low) and on["paired"]["p_holm"] == expected.p
+    assert "precond_power=1 is better than precond_power=0" in out and "4/4" in out
+    # off reaches its own result at the last evaluation, after 3 s; kappa is 10 + seed and infinite
+    assert (off["steps_to_target"], off["seconds_to_target"], off["tokens_per_s"], off["peak_memory_mb"]) == (6, 3, 20, 7)
+    assert off["kappa_before"] == [12.5, None] and off["kappa_after"] == [7.5, 2] and "inf" in out
 
 
-def test_report_of_accuracy_and_of_no_difference(tmp_path):
-    a = [fake_run(tmp_path / f"a{i}", i, [0.1, 0.5 + 0.1 * i], metric="val_accuracy") for i in range(3)]
-    b = [fake_run(tmp_path / f"b{i}", i, [0.1, v], metric="val_accuracy") for i, v in enumerate((0.52, 0.59, 0.71))]
-    arm = report.summarise({"a": a, "b": b})["arms"]["b"]
-    assert arm["wins"] == 2
-    said = report.conclusion("b", arm, "a", "val_accuracy")
-    assert said.startswith("b and a cannot be told apart with 3 seeds") and f"about {arm['paired']['seeds_needed']} seeds" in said
+def test_higher_accuracy_is_better(study, fake):
+    fake("val_accuracy")
+    (_, out, _), result = study("--vary", "precond_power=0,1", "--seeds=3", "--tune", "learning_rate=1e-3,1e-2", script="train_lra.py")
+    assert result["metric"] == "val_accuracy" and result["arms"]["precond_power=1"]["wins"] == 0
+    assert "precond_power=1 is worse than precond_power=0" in out
+    assert "0.0010" not in out and "2.0240*" in out  # the higher mean of the two is chosen, where the rate is wrong by 0.009
 
 
-def test_a_diverged_run_is_recorded_and_another_failure_stops(words, tmp_path, call):
-    code, out, _ = call(compare, *words, "--vary", "learning_rate=1e-3,1e38", "--grad_clip=0", "--warmup_iters=0")
-    assert code == 0 and "learning_rate=1e38 diverged on seeds 1, 2" in out
-    with pytest.raises(UserError, match="exit code"):
-        comparison = compare.Comparison([*words, "--vary", "precond=False,True"])
-        run = comparison.run_of(comparison.arms[0], 1)
-        comparison.theirs.append("--dataset=nothere.txt")
-        comparison.train([run], compare.tqdm(disable=True))
+def test_arms_that_cannot_be_told_apart(tmp_path):
+    arm = {"diverged": {}, "seeds": [1, 2, 3], "paired": {"n": 3, "mean": 0.01, "sd": 0.02, "low": -0.04, "high": 0.06, "p_holm": 0.4,
+                                                         "seeds_needed": 34}}
+    said = report.conclusion("on", arm, "off", "val_loss")
+    assert "cannot be told apart with 3 seeds" in said and "about 34 seeds" in said
+
+
+def test_reaching_the_target_on_few_seeds_is_not_reaching_it():
+    runs_ = [report.Result(1, "val_loss", 1.0, None, True, [(0, 0.0, 3.0), (5, 1.0, 2.0), (9, 2.0, 1.0)], {}, None, {})]
+    assert report.reached(runs_[0], 2.0) == (5, 1.0) and report.reached(runs_[0], 0.5) is None
+
+
+def test_each_arm_gets_its_own_rate_from_other_seeds(study, tmp_path):
+    (code, out, _), result = study("--vary", "precond_power=0,1", "--tune", "learning_rate=1e-3,3e-3,1e-2", "--seeds=2", "--tune_seeds=1")
+    assert code == 0
+    rates = {name: min(means, key=means.get) for name, means in result["tuned"].items()}
+    assert rates == {"precond_power=0": "1e-3", "precond_power=1": "1e-2"} and "at the end of the values tried" in out
+    words = [(f / "started.txt").read_text() for f in folders(tmp_path / "out")]
+    tuning, reported = [w for w in words if "--seed=100001" in w], [w for w in words if "--seed=1 " in w or "--seed=2 " in w]
+    assert len(tuning) == 6 and len(reported) == 4 and len(words) == 10
+    assert all(("learning_rate=1e-3" in w) == ("precond_power=0" in w) for w in reported)
+    assert result["arms"]["precond_power=0"]["final"] == pytest.approx([2.01, 2.02])
+
+
+def test_finished_runs_are_kept_and_others_never_mixed(study, tmp_path, monkeypatch):
+    arguments = ["--vary", "precond_power=0,1", "--seeds=2", "--dataset", str(tmp_path / "text.txt")]
+    (tmp_path / "text.txt").write_text("a text")
+    start, started = compare.Comparison.start, []
+    monkeypatch.setattr(compare.Comparison, "start", lambda self, run: started.append(run.folder.name) or start(self, run))
+    first = study(*arguments)[1]
+    assert len(started) == 4
+    assert study(*arguments)[1] == first and len(started) == 4
+    study(*arguments, "--seeds=3", "--jobs=2", "--device=cpu", "--tensorboard")
+    assert len(started) == 6  # the third seed of each arm: the others are the same runs
+    study(*arguments, "--learning_rate=2e-3")
+    study(*arguments, "--threads=2")
+    monkeypatch.setattr(compare.torch, "__version__", "0")
+    study(*arguments)
+    monkeypatch.setattr(compare, "code_hash", lambda script: "another code")
+    study(*arguments)
+    (tmp_path / "text.txt").write_text("another text")
+    runs.content.cache_clear()
+    study(*arguments)
+    assert len(started) == len(set(started)) == 6 + 5 * 4
+
+
+def test_the_code_that_a_run_imports(tmp_path):
+    (tmp_path / "data").mkdir()
+    sources = {"script.py": '"""Doc."""\nimport os, near\nfrom data import far\n', "near.py": "x = 1\n",
+               "data/far.py": "def f():\n    import last\n", "last.py": "y = 1\n", "unused.py": "z = 1\n"}
+    for name, source in sources.items():
+        (tmp_path / name).write_text(source)
+    before = runs.code_hash(tmp_path / "script.py")
+    (tmp_path / "unused.py").write_text("z = 2\n")
+    (tmp_path / "near.py").write_text('"""New documentation."""\nx = 1  # a comment\n')
+    assert runs.code_hash(tmp_path / "script.py") == before
+    for name in ("near.py", "data/far.py", "last.py", "script.py"):
+        (tmp_path / name).write_text(sources[name] + "new = 1\n")
+        assert runs.code_hash(tmp_path / "script.py") != before
+        before = runs.code_hash(tmp_path / "script.py")
+
+
+def test_code_that_changes_meanwhile_stops_the_comparison(study, monkeypatch):
+    hashes = iter(["one", "one", "one", "two"])
+    monkeypatch.setattr(compare, "code_hash", lambda script: next(hashes))
+    assert "was changed meanwhile" in error(study("--vary", "precond_power=0,1", "--seeds=2")[0])
+
+
+def test_a_diverged_arm_is_reported(study):
+    assert "is not finite" in trainer.Trainer.diverged(SimpleNamespace(evaluated=-1), 3)  # what a run is recognised by
+    (code, out, _), result = study("--vary", "precond_power=0,8,1", "--seeds=3")
+    hot = result["arms"]["precond_power=8"]
+    assert code == 0 and hot["diverged"] == {"2": "train.py: error: the loss is not finite at step 3. Lower --learning_rate"}
+    assert hot["final"][1] is None and "paired" not in hot and "precond_power=8 diverged on 1 of 3 seeds (2)" in out
+    assert result["arms"]["precond_power=1"]["paired"]["p_holm"] == result["arms"]["precond_power=1"]["paired"]["p"]
+    (code, out, _), _ = study("--vary", "precond_power=8,1", "--seeds=3")
+    assert "The baseline precond_power=8 diverged" in out and "cannot be compared" in out
+
+
+def test_a_failed_run_stops_everything(study, tmp_path):
+    said = error(study("--vary", "precond_power=0,7", "--seeds=2")[0])
+    assert said.endswith("ended with exit code 1: no space left") and "precond_power=7-1" in said
+    assert len(folders(tmp_path / "out")) == 2 and not (tmp_path / "out/compare.json").exists()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_runs_save(number, code, study, tmp_path, monkeypatch):
+    sleep, begun = compare.time.sleep, []
+
+    def interrupt(seconds):
+        if not begun and any((f / "metrics.jsonl").exists() for f in folders(tmp_path / "out") if "=9" in f.name):
+            begun.append(os.kill(os.getpid(), number))
+        sleep(seconds)
+    monkeypatch.setattr(compare.time, "sleep", interrupt)
+    result = study("--vary", "precond_power=0,9", "--seeds=2")[0]
+    assert result[0] == code and signal.getsignal(number) != compare.Comparison.stop
+    assert sum((f / "record.json").exists() for f in folders(tmp_path / "out")) == 1
+    assert (folders(tmp_path / "out")[-1] / "saved").exists()
+    (code, out, _), _ = study("--vary", "precond_power=0,9", "--seeds=2")
+    assert code == 0 and "--init_from=auto" in (folders(tmp_path / "out")[2] / "started.txt").read_text()
+
+
+def test_one_comparison_at_a_time_in_a_folder(study, tmp_path):
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "is at work in" in error(study("--vary", "precond=False,True")[0])
+
+
+def test_two_spellings_of_one_value_are_one_run(study, tmp_path):
+    (code, _, _), result = study("--vary", "precond_power=0,1", "--seeds=2", "--tune", "learning_rate=1e-3,0.001", "--jobs=4")
+    assert code == 0 and len(folders(tmp_path / "out")) == 2 * 2 + 2 * 2
+    assert all(len(set(means.values())) == 1 for means in result["tuned"].values())
+
+
+def test_a_folder_that_cannot_be_written(call, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    assert "cannot write to" in error(call(compare, "train.py", "--vary", "precond=False,True", f"--out_dir={tmp_path / 'out'}"))
+
+
+def test_a_run_left_behind_keeps_its_folder(fake, tmp_path, monkeypatch):
+    comparison = compare.Comparison(["train.py", "--vary", "precond_power=9,0", "--seeds=2", f"--out_dir={tmp_path / 'out'}"])
+    run = comparison.run_of(comparison.arms[0], 1)
+    comparison.folder.mkdir()
+    with open(comparison.folder / "lock", "w") as comparison.lock:
+        fcntl.flock(comparison.lock, fcntl.LOCK_EX)
+        comparison.start(run)
+    with open(comparison.folder / "lock", "w") as other:  # what started the run is gone, the run is not
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        run.process.kill()
+        run.process.wait()
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_pretrained_weights_are_read_once(tmp_path):
+    starts = [compare.Comparison(["train.py", "--vary", "precond=False,True", f"--init_from={name}", f"--out_dir={tmp_path}"])
+              for name in ("gpt2", "scratch", "auto")]
+    gpt2, scratch, auto = [comparison.run_of(comparison.arms[0], 1) for comparison in starts]
+    assert scratch.folder == auto.folder != gpt2.folder
+    assert starts[0].command(gpt2)[-1] == "--init_from=gpt2" and starts[1].command(scratch)[-1] == "--init_from=auto"
+    gpt2.folder.mkdir(parents=True)
+    (gpt2.folder / "ckpt.pt").touch()
+    assert starts[0].command(gpt2)[-1] == "--init_from=auto"
+
+
+def test_grids_and_named_arms():
+    arms = compare.make_arms([("vary", "a=1,2"), ("vary", "b=x,y"), ("arm", "both: c=3 --d='4 5'"), ("arm", "none:")])
+    assert [(arm.name, arm.words) for arm in arms] == [
+        ("a=1 b=x", ["--a=1", "--b=x"]), ("a=1 b=y", ["--a=1", "--b=y"]), ("a=2 b=x", ["--a=2", "--b=x"]), ("a=2 b=y", ["--a=2", "--b=y"]),
+        ("both", ["--c=3", "--d=4 5"]), ("none", [])]
+
+
+VARY = ["--vary", "precond=False,True"]
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--seeds=1", *VARY], "at least two"),
+    (["--seeds=two", *VARY], "is not of type int"),
+    (["--jobs=0", *VARY], "must be at least 1"),
+    (["--sedes=3", *VARY], "did you mean --seeds"),
+    (["--learning_rat=1e-3", *VARY], "did you mean --learning_rate"),
+    (["--vary", "precon=False,True"], "did you mean --precond"),
+    (["--vary", "precond=False,maybe"], "is not of type bool"),
+    (["--vary", "precond"], "write --vary KEY=VALUE,VALUE"),
+    (["--vary"], "needs a value"),
+    (["--vary", "n_head=4,3"], "does not divide"),
+    (["--arm", "off: precond=False"], "nothing to compare"),
+    ([], "nothing to compare"),
+    (["--arm", "precond=False", *VARY], 'write --arm "NAME: KEY=VALUE KEY=VALUE"'),
+    (["--arm", "on: precond", *VARY], "is not KEY=VALUE"),
+    (["--arm", "on: 'precond", *VARY], "No closing quotation"),
+    (["--vary", "precond=False,False"], "same name"),
+    (["--vary", "seed=1,2"], "--seeds and --first_seed"),
+    (["--vary", "dataset=a,b"], "cannot be paired"),
+    (["--seed=3", *VARY], "--seeds and --first_seed"),
+    (["--eval_only", *VARY], "a comparison trains"),
+    (["--max_iters=0", *VARY], "trains nothing"),
+    (["--tune", "learning_rate", *VARY], "write --tune"),
+    (["--tune", "learning_rte=1,2", *VARY], "did you mean --learning_rate"),
+    (["--tune", "precond=False,True", *VARY], "is tuned, and set by the arm"),
+    (["--tune", "learning_rate=1,2", "--first_seed=100000", *VARY], "nor reach the seeds of --tune"),
+    (["--device=cuda:77", *VARY], "asked for, but"),
+])
+def test_mistakes_end_in_one_line(arguments, said, call, tmp_path):
+    assert said in error(call(compare, "train.py", *arguments, f"--out_dir={tmp_path / 'out'}"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_of_scripts_and_tasks(call):
+    assert "name the script to compare first: train.py" in error(call(compare, "sample.py", *VARY))
+    assert "name the script" in error(call(compare, *VARY))
+    assert "did you mean listops" in error(call(compare, "train_lra.py", "listop", *VARY))
+
+
+def test_every_rate_diverges(study):
+    said = error(study("--vary", "precond_power=0,8", "--tune", "learning_rate=1,2", "--tune_seeds=1", "--seeds=2")[0])
+    assert "every value of --tune learning_rate=1,2 diverged for the arm precond_power=8" in said
+
+
+def test_help(call):
+    code, out, _ = call(compare, "--help")
+    assert code == 0 and "--arm" in out and "--tune_seeds=2" in out
+
+
+def test_figures_are_drawn_or_said_to_be_missing(study, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "draw", lambda groups, out: drawn.append((groups, out)) or [out / "validation.png", out / "validation.svg"])
+    (_, out, _), _ = study("--vary", "precond_power=0,8", "--seeds=2")
+    (groups, where), = drawn
+    assert where == tmp_path / "out" and [len(g) for g in groups.values()] == [2, 1] and "validation.png" in out
+
+    def missing(groups, out):
+        raise compare.UserError("figures need matplotlib: pip install -r requirements-extra.txt")
+    monkeypatch.setattr(plot, "draw", missing)
+    assert "no figures: figures need matplotlib" in study("--vary", "precond_power=0,8", "--seeds=2")[0][1]

@@ -1,40 +1,17 @@
 """data/lra_sources.py: each reader on a small archive of exactly the released form, made here, and the generated tasks, through prepare."""
 import io
 import os
-import struct
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lra_archives import archive, cifar, imdb_files, python2_batch, retrieval_files, unpack
 
 from data import listops
 from data.lra import SPLITS, load, prepare
-from data.lra_sources import TASKS
 from data.text import DataError
-
-
-def archive(path, files, compress=True):
-    """A tar of {name: bytes}, folders and all."""
-    with tarfile.open(path, "w:gz" if compress else "w") as tar:
-        for name in sorted({str(parent) for name in files for parent in list(Path(name).parents)[:-1]}):
-            folder = tarfile.TarInfo(name)
-            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
-            tar.addfile(folder)
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def unpack(folder, files):
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    return folder
 
 
 def stored(folder):
@@ -129,16 +106,6 @@ def test_listops_missing_file_header_and_source(tmp_path):
 # IMDb as released
 
 
-def imdb_files(n=20):
-    files = {"aclImdb/README": b"Large Movie Review Dataset", "aclImdb/train/unsup/0_0.txt": b"unlabelled",
-             "aclImdb/train/labeledBow.feat": b"9 0:9"}
-    for split in "train", "test":
-        for sentiment, rating in ("pos", 9), ("neg", 2):
-            for i in range(n // 2):
-                files[f"aclImdb/{split}/{sentiment}/{i}_{rating}.txt"] = f"{split} {sentiment} {i} caf\u00e9<br />".encode() * (1 + i)
-    return files
-
-
 def test_text_archive_and_folder_give_the_same(tmp_path):
     files = imdb_files()
     packed = prepare("text", tmp_path / "a", source=archive(tmp_path / "aclImdb_v1.tar.gz", dict(reversed(files.items()))), block_size=100)
@@ -182,13 +149,6 @@ def test_truncated_and_broken_archives(tmp_path):
 # Retrieval as released
 
 
-def retrieval_files(lines=None):
-    lines = lines or [b"1.0\t12\t34\tfirst text\tsecond one", b"0\t5\t6\t\"quoted, not closed\t" + b"x" * 50, b"0.0\t5\t7\t\t\xff\xfe",
-                      b"1\t5\t7\ta\tb"]
-    return {f"lra_release/lra_release/tsv_data/new_aan_pairs.{name}.tsv": b"\n".join(lines) + b"\n" * (name != "eval")
-            for name in ("train", "eval", "test")}
-
-
 def test_retrieval(tmp_path):
     folder = prepare("retrieval", tmp_path, source=archive(tmp_path / "lra_release.gz", retrieval_files()), block_size=20)
     expected = [(1, b"first text", b"second one"), (0, b'"quoted, not closed', b"x" * 20), (1, b"a", b"b")]
@@ -222,31 +182,6 @@ def test_retrieval_is_streamed(tmp_path):
 
 
 # CIFAR-10 as released: pickles that Python 2 wrote, protocol 2
-
-
-def python2_batch(images, labels):
-    """Opcodes as cPickle of Python 2 writes them: byte strings, an array through numpy.core.multiarray._reconstruct."""
-    def string(s):
-        return b"U" + bytes([len(s)]) + s if len(s) < 256 else b"T" + struct.pack("<i", len(s)) + s
-
-    def integer(i):
-        return b"K" + bytes([i]) if i < 256 else b"M" + struct.pack("<H", i) if i < 65536 else b"J" + struct.pack("<i", i)
-
-    dtype = (b"cnumpy\ndtype\n" + string(b"u1") + integer(0) + integer(1) + b"\x87R(" + integer(3) + string(b"|") + b"NNN"
-             + 2 * b"J\xff\xff\xff\xff" + integer(0) + b"tb")
-    array = (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + integer(0) + b"\x85" + string(b"b") + b"\x87R(" + integer(1)
-             + integer(images.shape[0]) + integer(images.shape[1]) + b"\x86" + dtype + b"\x89" + string(images.tobytes()) + b"tb")
-    names = b"".join(string(b"%d.png" % i) for i in range(len(labels)))
-    return (b"\x80\x02}(" + string(b"batch_label") + string(b"training batch 1 of 5") + string(b"labels") + b"]("
-            + b"".join(map(integer, labels)) + b"e" + string(b"data") + array + string(b"filenames") + b"](" + names + b"eu.")
-
-
-def cifar(n=4):
-    random = np.random.default_rng(0)
-    names = TASKS["image"].parts
-    images = {name: random.integers(0, 256, (n, 3072), np.uint8) for name in names}
-    labels = {name: random.integers(0, 10, n).tolist() for name in names}
-    return images, labels, {f"cifar-10-batches-py/{name}": python2_batch(images[name], labels[name]) for name in names}
 
 
 def test_image(tmp_path):

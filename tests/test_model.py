@@ -1,42 +1,16 @@
-"""attention.py and model.py against explicit fp64 formulas; the cache against no cache; the initialisation."""
+"""model.py against explicit fp64 formulas: GPT, Classifier, where C goes; the cache against no cache; the initialisation."""
 import math
 
 import pytest
 import torch
+from test_attention import reference_attention, reference_nystrom
 
-import attention
-from model import GPT, KVCache, ModelConfig
-
-
-def reference_attention(q, k, v, allowed):
-    """softmax(Q K^T / sqrt(d)) V in fp64; allowed: bool, True where query i may see key j."""
-    q, k, v = (x.double() for x in (q, k, v))
-    scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(~allowed, -torch.inf)
-    return scores.softmax(-1).nan_to_num(0.0) @ v
+from model import GPT, Attention, Classifier, KVCache, ModelConfig
+from precond import record
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_softmax_attention_forward_and_backward(is_causal, masked):
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 7, 5, requires_grad=True) for _ in range(3))
-    allowed = torch.ones(7, 7, dtype=torch.bool).tril() if is_causal else torch.ones(7, 7, dtype=torch.bool)
-    mask = None
-    if masked:
-        mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
-        allowed = allowed & mask[:, None, None, :]
-    out = attention.softmax(q, k, v, mask, is_causal=is_causal)
-    expected = reference_attention(q, k, v, allowed)
-    weight = torch.randn(out.shape)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
-    got = torch.autograd.grad((out * weight).sum(), (q, k, v))
-    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    for a, b in zip(got, wanted):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def reference_gpt(model: GPT, idx, power):
-    """The whole forward pass written out in fp64, one head at a time: what the architecture is, without its code."""
+def reference_encoding(model, idx, allowed, power):
+    """Tokens (B, T) -> (B, T, C) after the final norm, written out in fp64, one head at a time: the architecture without its code."""
     w = {name: p.detach().double() for name, p in model.state_dict().items()}
     c = model.config
     linear = lambda x, name: x @ w[name + ".weight"].T + w.get(name + ".bias", 0.0)  # noqa: E731
@@ -47,27 +21,30 @@ def reference_gpt(model: GPT, idx, power):
 
     T, d = idx.size(1), c.n_embd // c.n_head
     x = w["wte.weight"][idx] + w["wpe.weight"][:T]
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
     for i in range(c.n_layer):
         qkv = linear(norm(x, f"blocks.{i}.ln_1"), f"blocks.{i}.attn.qkv")
         heads = []
         for h in range(c.n_head):
             q, k, v = (qkv[..., part * c.n_embd + h * d:part * c.n_embd + (h + 1) * d] for part in range(3))
-            a = reference_attention(q, k, v, causal)
+            a = reference_attention(q, k, v, allowed)
             heads.append(a / a.norm(dim=-1, keepdim=True) ** power)
         x = x + linear(torch.cat(heads, -1), f"blocks.{i}.attn.proj")
         h = linear(norm(x, f"blocks.{i}.ln_2"), f"blocks.{i}.mlp.fc")
         h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
         x = x + linear(h, f"blocks.{i}.mlp.proj")
-    return norm(x, "ln_f") @ w["wte.weight"].T
+    return norm(x, "ln_f")
+
+
+def randomise(model):
+    """Larger parameters than the initialisation's, and no zero bias: every part must show."""
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
 
 
 def random_gpt(**options) -> GPT:
     torch.manual_seed(0)
-    model = GPT(ModelConfig(**dict(block_size=12, n_layer=2, n_head=2, n_embd=16) | options), vocab_size=11)
-    for p in model.parameters():  # larger than the initialisation, and no zero bias: every part must show
-        torch.nn.init.normal_(p, std=0.3)
-    return model.eval()
+    return randomise(GPT(ModelConfig(**dict(block_size=12, n_layer=2, n_head=2, n_embd=16) | options), vocab_size=11))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -75,7 +52,8 @@ def random_gpt(**options) -> GPT:
 def test_gpt_is_the_formula(bias, precond, power):
     model = random_gpt(bias=bias, precond=precond, precond_power=power)
     idx = torch.randint(11, (3, 12))
-    expected = reference_gpt(model, idx, power if precond else 0.0)
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()
+    expected = reference_encoding(model, idx, causal, power if precond else 0.0) @ model.wte.weight.detach().double().T
     logits, loss = model(idx, idx.roll(-1, 1))
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
     wanted = -expected.log_softmax(-1).gather(-1, idx.roll(-1, 1)[..., None]).mean()
@@ -123,9 +101,10 @@ def test_initialisation_is_gpt2s():
     assert abs(model(torch.randint(500, (4, 64)), torch.randint(500, (4, 64)))[1].item() - math.log(500)) < 0.1
 
 
+@pytest.mark.parametrize("attention", ["softmax", "linear"])
 @pytest.mark.parametrize("precond", [False, True])
-def test_cache_equals_no_cache(precond):
-    model = random_gpt(precond=precond)
+def test_cache_equals_no_cache(precond, attention):
+    model = random_gpt(precond=precond, attention=attention)
     idx = torch.randint(11, (2, 12))
     full = model(idx)[0]
     cache = KVCache(model.config, 2)
@@ -136,8 +115,9 @@ def test_cache_equals_no_cache(precond):
         model(idx[:, :1], cache=cache)
 
 
-def test_future_tokens_change_nothing():
-    model = random_gpt(precond=True)
+@pytest.mark.parametrize("attention", ["softmax", "linear"])
+def test_future_tokens_change_nothing(attention):
+    model = random_gpt(precond=True, attention=attention)
     idx = torch.randint(11, (2, 12))
     changed = idx.clone()
     changed[:, 8:] = (changed[:, 8:] + 1) % 11
@@ -165,3 +145,104 @@ def test_flops_count_the_matrix_products():
     products = 3 * 12 * 32 * 32 + 50 * 32  # qkv, proj, fc, proj of each layer and the head
     norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
     assert model.flops_per_token() == 6 * (products + norms) + 12 * 3 * 32 * 16
+
+
+# The classifier
+
+LENGTHS = [2, 6, 9, 12]  # against 6 landmarks: fewer, as many, more, and all
+MECHANISMS = ["softmax", "nystrom", "linear"]
+
+
+def random_classifier(towers=1, **options) -> Classifier:
+    torch.manual_seed(0)
+    sizes = dict(block_size=12, n_layer=2, n_head=2, n_embd=16, n_inner=24, bias=True, landmarks=6, conv_kernel_size=5)
+    return randomise(Classifier(ModelConfig(**sizes | options), vocab_size=11, n_classes=5, towers=towers))
+
+
+def random_sequences(towers=1):
+    """Tokens and mask (B, T) or (B, 2, T); tokens at the padding are not 0, so that what sees them shows."""
+    x = torch.randint(11, (len(LENGTHS), towers, 12), generator=torch.Generator().manual_seed(1))
+    lengths = torch.tensor([LENGTHS, LENGTHS[::-1]][:towers]).T
+    mask = torch.arange(12) < lengths[..., None]
+    return (x, mask) if towers == 2 else (x[:, 0], mask[:, 0])
+
+
+def apart(x, mask):
+    """The sequences of each sample without their padding: lists of (1, n) tokens, one for each tower."""
+    for rows, real in zip(x.reshape(len(x), -1, 12), mask.reshape(len(x), -1, 12)):
+        yield [row[r][None] for row, r in zip(rows, real)]
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+@pytest.mark.parametrize("precond", [False, True])
+def test_classifier_is_the_formula(towers, precond):
+    """Mean over the real tokens, [a, b, a * b, a - b] for pairs, and a head with the exact GELU."""
+    model = random_classifier(towers, precond=precond)
+    x, mask = random_sequences(towers)
+    w1, b1, w2, b2 = (model.head[i].get_parameter(name).detach().double() for i in (0, 2) for name in ("weight", "bias"))
+    expected = []
+    for sequences in apart(x, mask):
+        means = [reference_encoding(model, s, torch.ones(1, s.size(1), dtype=torch.bool), float(precond))[0].mean(0) for s in sequences]
+        h = means[0] if towers == 1 else torch.cat([means[0], means[1], means[0] * means[1], means[0] - means[1]])
+        h = w1 @ h + b1
+        expected.append(w2 @ (h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))) + b2)
+    expected, y = torch.stack(expected), torch.tensor([4, 0, 2, 2])
+    logits, loss = model(x, mask, y)
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss.double(), -expected.log_softmax(-1)[range(4), y].mean(), rtol=1e-4, atol=1e-4)
+    assert model(x, mask)[1] is None
+
+
+@pytest.mark.parametrize("towers", [1, 2])
+@pytest.mark.parametrize("precond_skip", ["before", "after"])
+@pytest.mark.parametrize("precond", [False, True])
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_classifier_ignores_padding_and_batch_mates(mechanism, precond, precond_skip, towers):
+    model = random_classifier(towers, attention=mechanism, precond=precond, precond_skip=precond_skip)
+    x, mask = random_sequences(towers)
+    logits = model(x, mask)[0]
+    torch.testing.assert_close(model(x.masked_fill(~mask, 0), mask)[0], logits, rtol=1e-4, atol=1e-4)
+    for b in range(len(x)):
+        n = int(mask[b].sum(-1).max())  # of a pair, the longer one's
+        torch.testing.assert_close(model(x[b:b + 1, ..., :n], mask[b:b + 1, ..., :n])[0], logits[b:b + 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_precond_changes_neither_a_classifiers_parameters_nor_their_initial_values(mechanism):
+    states = []
+    for precond in (False, True):
+        torch.manual_seed(3)
+        states.append(Classifier(ModelConfig(precond=precond, attention=mechanism), 15, 10, towers=2).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+
+
+@pytest.mark.parametrize("precond, skip, kernel", [(False, "before", 5), (True, "before", 5), (True, "after", 5), (True, "before", 0)])
+def test_where_c_goes_relative_to_the_convolution_skip(precond, skip, kernel):
+    """before: C A + conv(V); after: C (A + conv(V)). The convolution runs over time, head by head, and sees no padding."""
+    lengths = [12, 9]
+    torch.manual_seed(0)
+    layer = Attention(ModelConfig(n_embd=8, n_head=2, landmarks=4, attention="nystrom", precond=precond, precond_skip=skip,
+                                  conv_kernel_size=kernel), layer=0, causal=False)
+    x, mask = torch.randn(2, 12, 8), torch.arange(12) < torch.tensor(lengths)[:, None]
+    q, k, v = (part.view(2, 12, 2, 4).transpose(1, 2).double() for part in layer.qkv(x).split(8, dim=-1))
+    a = reference_nystrom(q, k, v, lengths, 4)
+    conv = torch.zeros_like(a)
+    for b, n in enumerate(lengths):
+        for t in range(n):
+            for j in range(kernel):
+                if 0 <= t + j - kernel // 2 < n:
+                    conv[b, :, t] += layer.skip.weight[:, 0, j].double() * v[b, :, t + j - kernel // 2]
+    unit = (lambda rows: rows / rows.norm(dim=-1, keepdim=True)) if precond else lambda rows: rows  # noqa: E731
+    expected = unit(a) + conv if skip == "before" else unit(a + conv)
+    expected = expected.transpose(1, 2).reshape(2, 12, 8) @ layer.proj.weight.double().T
+    with record() as calls:
+        out = layer(x, mask)
+    torch.testing.assert_close(out.double()[mask], expected[mask], rtol=1e-4, atol=1e-5)
+    recorded = (a if skip == "before" else a + conv).transpose(1, 2)[mask]  # kappa is of what C multiplies
+    torch.testing.assert_close(calls[0][0].transpose(1, 2)[mask].double(), recorded, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sequence_longer_than_block_size_is_an_error():
+    model = random_classifier()
+    with pytest.raises(ValueError, match="13 tokens do not fit into block_size=12"):
+        model(torch.zeros(1, 13, dtype=torch.long), torch.ones(1, 13, dtype=torch.bool))

@@ -1,0 +1,131 @@
+"""bench.py on a model of toy size: arms in processes of their own, the columns it derives, mistakes."""
+import json
+import textwrap
+
+import pytest
+import torch
+
+import bench
+from conftest import error, shell
+from model import GPT, ModelConfig
+
+TINY = """
+    import sys
+    sys.path.insert(0, {root!r})
+    import bench
+    from model import ModelConfig
+    bench.SIZES["default"] = bench.Size(ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16), 13, 2, [(1, 1, 7), (2, 3, 4)])
+    bench.TURN = 0.02
+    if __name__ == "__main__":
+        bench.options.run(bench.main)
+"""
+NANOGPT = """
+    import torch
+    from dataclasses import dataclass
+
+    @dataclass
+    class GPTConfig:
+        vocab_size: int
+        block_size: int
+        n_layer: int
+        n_head: int
+        n_embd: int
+        dropout: float
+        bias: bool
+
+    class GPT(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            print("number of parameters: not for the table")
+            self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
+
+        def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+            return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+
+        def forward(self, x, y):
+            logits = self.table(x)
+            return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+        def generate(self, prompt, new_tokens, top_k):
+            return prompt
+"""
+
+
+def test_a_bench_of_all_arms(tmp_path):
+    """A round of three arms and a stand-in for nanoGPT; a profile."""
+    (tmp_path / "tiny.py").write_text(textwrap.dedent(TINY).format(root=bench.__file__.removesuffix("bench.py")))
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano/model.py").write_text(textwrap.dedent(NANOGPT))
+    done = shell(tmp_path / "tiny.py", "--sizes=default", "--rounds=1", "--arms=baseline,precond", f"--against={tmp_path / 'nano'}", "--checkpoint_activations",
+                 "--profile", f"--out_dir={tmp_path / 'profile'}", "--device=cpu", "--dtype=bfloat16")
+    lines = done.stdout.strip().splitlines()
+    assert lines[0] == "default: 1 layers x 16, vocabulary 13, batch 2 x 8" and "time, memory / nanoGPT" in lines[2], done.stdout
+    arms = {line[:24].strip(): line[24:].split() for line in lines[3:7]}
+    assert list(arms) == ["baseline", "precond", "baseline, checkpointed", "nanoGPT"]
+    assert [row[0] for row in arms.values()] == ["bfloat16"] * 3 + ["float32"]
+    for ms, tokens, memory, utilisation in ((float(row[2]), float(row[5]), float(row[6]), row[7]) for row in arms.values()):
+        assert tokens == pytest.approx(2 * 8 / ms * 1e3, rel=2e-3) and memory > 50 and utilisation.endswith("%")
+    assert arms["baseline"][-4:-2] == ["1.000", "1.000"] and arms["nanoGPT"][-2:] == ["1.000", "1.000"]
+    assert "sampling, 1 x 7 tokens after 1: baseline " in lines[7] and "sampling, 2 x 4 tokens after 3: baseline " in lines[8]
+    assert "aten::" in (tmp_path / "profile/default.txt").read_text()
+    assert json.loads((tmp_path / "profile/default.json").read_text())["traceEvents"]
+
+
+def test_utilisation_is_flops_over_the_measured_peak(monkeypatch):
+    """1,000 FLOPs a token at 16 tokens in 2 s on a machine of 32,000 FLOP/s: 25%. Medians and the best peak count."""
+    class FakeArm:
+        def __init__(self, config, name, arm):
+            self.seconds, self.peaks = iter([[9.0], [1.0, 2.0], [2.0, 50.0]]), iter([[20e3], [32e3]])
+
+        def ask(self, command):
+            if command in ("train", "peak"):
+                return next(self.seconds if command == "train" else self.peaks)
+            return {"describe": ("float32", "plain", 1000), "memory": 100.0}[command]
+
+        def close(self):
+            pass
+    monkeypatch.setattr(bench, "Arm", FakeArm)
+    monkeypatch.setitem(bench.SIZES, "default", bench.Size(ModelConfig(block_size=8), 13, 2, []))
+    result = bench.measure(bench.Config(arms="precond", rounds=2, sampling=False), "default")["precond"]
+    assert result["seconds"] == 2.0 and result["tokens_per_s"] == 8.0 and result["utilisation"] == 0.25
+
+
+def test_turns_change_their_order():
+    order = []
+
+    class FakeArm:
+        def __init__(self, name):
+            self.name = name
+
+        def ask(self, command):
+            order.append(self.name)
+            return [command]
+    answers, = bench.in_turn({name: FakeArm(name) for name in "abc"}, 3, ("train",))
+    assert "".join(order) == "abcbcacab" and answers == {name: ["train"] * 3 for name in "abc"}
+
+
+def test_our_arm_takes_the_trainer_s_steps():
+    torch.set_num_threads(1)
+    size = bench.Size(ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16), 13, 2, [])
+    arm = bench.Ours(bench.Config(device="cpu"), size, {"precond": True})
+    before = [p.clone() for p in arm.model.parameters()]
+    arm.step()
+    assert arm.trainer.step == 1 and not any(torch.equal(p, q) for p, q in zip(arm.model.parameters(), before))
+    assert arm.model.config.precond and arm.flops_per_token == GPT(size.model, 13).flops_per_token()
+
+
+def test_an_arm_that_dies_is_one_line(tmp_path, call, monkeypatch):
+    (tmp_path / "model.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.setitem(bench.SIZES, "default", bench.Size(ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16), 13, 2, []))
+    assert "exit code 3" in error(call(bench, "--sizes=default", "--arms=baseline", f"--against={tmp_path}"))
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--sizes=default,huge"], "--sizes=huge is unknown: choose of default,char_gpu,gpt2_124m"),
+    (["--arms=postcond"], "--arms=postcond"),
+    (["--against=/nowhere"], "holds no model.py"),
+    (["--rounds=0"], "rounds=0"),
+    (["--device=cuda:77"], "--device=cuda:77"),
+])
+def test_mistakes(call, arguments, words):
+    assert words in error(call(bench, *arguments))

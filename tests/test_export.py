@@ -1,0 +1,160 @@
+"""Exported checkpoints in transformers: the same logits, greedy text and token ids; and back through init_from."""
+import json
+import os
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import checkpoint
+import export
+import precond
+import pretrained
+import train
+from conftest import SMALL, error
+from config import UserError
+from data import tokens
+from model import GPT, ModelConfig
+from sample import generate
+
+EXTRA = "pip install -r requirements-extra.txt"
+transformers = pytest.importorskip("transformers", reason=EXTRA)
+pytest.importorskip("safetensors", reason=EXTRA)
+
+CHARS = "".join(map(chr, range(32, 90))) + "\né"
+
+
+def saved(**changes):
+    """A checkpoint of random weights, large enough for logits and greedy text that vary."""
+    config = asdict(train.Config(**dict(block_size=24, n_layer=2, n_head=2, n_embd=16) | changes))
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(**{name: config[name] for name in ModelConfig.__dataclass_fields__}), len(CHARS))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return {"config": config, "task": {"tokenizer": {"name": "char", "chars": CHARS}, "vocab_size": len(CHARS)}, "step": 7,
+            "model": model.state_dict()}
+
+
+def load(folder, options):
+    if options:
+        precond.register_transformers(**options)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [
+    dict(), dict(bias=True), dict(precond=True), dict(precond=True, precond_power=0.5, precond_eps=0.1, precond_grad=True, bias=True),
+    dict(precond=True, precond_power=0.0)], ids=lambda changes: " ".join(changes))
+def test_transformers_computes_the_same(changes, tmp_path):
+    state = saved(**changes)
+    options = export.write(state, tmp_path / "hf")
+    ours, theirs = GPT.from_checkpoint(state), load(tmp_path / "hf", options)
+    idx = torch.randint(len(CHARS), (3, 24), generator=torch.Generator().manual_seed(1))
+    expected = ours(idx)[0]
+    assert expected.std() > 0.5
+    torch.testing.assert_close(theirs(idx).logits, expected, atol=1e-4, rtol=1e-4)
+    text = torch.stack(list(generate(ours, idx[:, :4], 16, temperature=0)), dim=1)
+    greedy = theirs.generate(idx[:, :4], attention_mask=torch.ones(3, 4), max_new_tokens=16, do_sample=False)[:, 4:]
+    assert torch.equal(greedy, text) and text.unique().numel() > 4
+
+    shapes, weights = pretrained.read(str(tmp_path / "hf"))
+    back = GPT(ModelConfig(**{k: v for k, v in shapes.items() if k != "vocab_size"},
+                           **{k: v for k, v in state["config"].items() if k.startswith("precond")}), shapes["vocab_size"])
+    back.load_state_dict(weights)
+    torch.testing.assert_close(back(idx)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_plain_attention_does_not_pass_for_preconditioned(tmp_path, monkeypatch):
+    """Without the registration transformers refuses the folder; asked for plain attention, it computes something else."""
+    options = export.write(saved(precond=True, precond_power=0.5), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["preconditioned_attention"] == {"grad": False, "eps": 1e-8, "power": 0.5}
+    from transformers import AttentionInterface
+    monkeypatch.delitem(AttentionInterface._global_mapping, "preconditioned", raising=False)
+    with pytest.raises(ValueError, match="preconditioned"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    monkeypatch.undo()
+    idx = torch.arange(20)[None]
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert (plain(idx).logits - load(tmp_path, options)(idx).logits).abs().max() > 0.1
+
+
+def check_tokenizer(folder, ours, samples):
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in samples:
+        ids = theirs(text)["input_ids"]
+        assert ids == ours.encode(text) and theirs.decode(ids) == text, text
+    return theirs
+
+
+def with_tokenizer(ours, vocab_size):
+    state = saved()
+    state["task"] = {"tokenizer": ours.state(), "vocab_size": vocab_size}
+    state["model"]["wte.weight"] = torch.zeros(vocab_size, 16)
+    return state
+
+
+def test_characters_and_bytes(tmp_path):
+    export.write(saved(), tmp_path / "char")
+    theirs = check_tokenizer(tmp_path / "char", tokens.CharTokenizer(CHARS), ["TO BE,\n\nOR NOT  TO BE ", " é!", "I'M . ,"])
+    with pytest.raises(Exception, match="UNK"):
+        theirs("~")
+    export.write(with_tokenizer(tokens.ByteTokenizer(), 256), tmp_path / "bytes")
+    samples = ["To be,\r\n\tor  not ", "é日本 \x00\x7f", "".join(map(chr, range(300)))]
+    check_tokenizer(tmp_path / "bytes", tokens.ByteTokenizer(), samples)
+
+
+def test_gpt2_byte_pairs(tmp_path):
+    try:
+        ours = tokens.GPT2Tokenizer()
+    except tokens.DataError as e:
+        pytest.skip(str(e))
+    export.write(with_tokenizer(ours, ours.vocab_size), tmp_path)
+    theirs = check_tokenizer(tmp_path, ours, ["To be, or not  to be:\n\n that's the question...   ", "antidisestablishmentarianism 3.14159",
+                                              "é日本語 \U0001f600 \x00", " def f(x):\n        return x**2\n"])
+    assert theirs.eos_token_id == ours.eot and json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == ours.eot
+    assert theirs("<|endoftext|>")["input_ids"] == [ours.eot]
+    if path := os.environ.get("TINYSHAKESPEARE"):
+        text = open(path, encoding="utf-8").read(50_000)
+        assert theirs(text)["input_ids"] == ours.encode(text)
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(attention="linear"), "attention=linear"), (dict(n_inner=40), "n_inner=40"),
+    (dict(precond=True, precond_power="learned"), "learned")])
+def test_what_gpt2_cannot_hold_is_refused(changes, words, tmp_path):
+    state = saved()
+    state["config"] |= changes
+    with pytest.raises(UserError, match=words):
+        export.write(state, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_the_script_and_the_way_back(corpus, tmp_path, call):
+    run = tmp_path / "run"
+    assert call(train, *SMALL, *corpus, "--precond=True", "--max_iters=3", f"--out_dir={run}")[0] == 0
+    code, out, err = call(export, f"--out_dir={run}", "--ckpt=latest")
+    assert code == 0 and "wrote step 3" in out, err
+    lines = out.strip().splitlines()
+    namespace = {}
+    exec("\n".join(line.strip() for line in lines[-2:]), namespace)  # the two lines that it prints load the model
+    idx = torch.arange(12)[None]
+    ours = GPT.from_checkpoint(checkpoint.read(run / "ckpt.pt"))
+    torch.testing.assert_close(namespace["model"](idx).logits, ours(idx)[0], atol=1e-4, rtol=1e-4)
+
+    assert "is not empty" in error(call(export, f"--out_dir={run}"))
+    (run / "hf" / "notes.txt").write_text("mine")
+    assert call(export, f"--out_dir={run}", "--overwrite")[0] == 0 and (run / "hf" / "notes.txt").exists()
+    again = tmp_path / "again"
+    assert call(train, *corpus, "--device=cpu", f"--init_from={run / 'hf'}", "--block_size=16", "--precond=True", "--max_iters=1",
+                "--batch_size=4", f"--out_dir={again}")[0] == 0
+
+
+def test_mistakes(tmp_path, call):
+    assert "no checkpoint" in error(call(export, f"--out_dir={tmp_path}"))
+    torch.save({"config": {}, "task": {}, "model": {}, "step": 1}, tmp_path / "ckpt.pt")
+    assert "no language model of train.py" in error(call(export, f"--out_dir={tmp_path}"))
+    torch.save(saved(), tmp_path / "ckpt.pt")
+    (tmp_path / "file").write_text("")
+    assert "cannot write to" in error(call(export, f"--out_dir={tmp_path}", f"--to={tmp_path / 'file'}"))

@@ -1,0 +1,258 @@
+"""train_vision.py: exact resume, the preconditioner in all three models, perfect outputs score 100, drawings, mistakes."""
+import copy
+import json
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+EXTRA = "pip install -r requirements-extra.txt"
+for package in ("transformers", "scipy", "pycocotools", "PIL"):
+    pytest.importorskip(package, reason=EXTRA)
+
+import checkpoint  # noqa: E402
+import config as options  # noqa: E402
+import precond  # noqa: E402
+import train_vision  # noqa: E402
+import trainer  # noqa: E402
+import vision  # noqa: E402
+from conftest import ROOT, error, read_metrics, torchrun  # noqa: E402
+from data import coco  # noqa: E402
+from data.vision import make_truth  # noqa: E402
+from device import Compute  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools with numpy 2
+TASKS = vision.TASKS
+TINY = ("--image_size=32 --n_layer=2 --n_head=2 --n_embd=16 --batch_size=4 --queries=6 --query_blocks=1 --upscale_blocks=1 "
+        "--mask_points=32 --n_val=8 --eval_iters=2 --device=cpu").split()
+RUN = [*TINY, "--max_iters=6", "--eval_interval=2", "--log_interval=1", "--dropout=0.1", "--precond=True"]
+
+
+def configure(task, *more):
+    return options.parse(train_vision.Config, [f"--task={task}", *TINY, *more], "")[0]
+
+
+def build(task, *more):
+    config = configure(task, *more)
+    torch.manual_seed(0)
+    return train_vision.VisionTask(config), vision.Vision(config, 6)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_stopped_run_resumes_bit_for_bit(task, tmp_path, call, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    code, out, err = call(train_vision, task, *RUN, f"--out_dir={whole}")
+    assert code == 0, err
+    step = trainer.Trainer.train_step
+
+    def interrupted(self):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "train_step", interrupted)
+        assert call(train_vision, task, *RUN, f"--out_dir={stopped}")[0] == 143
+    assert checkpoint.read(stopped / "ckpt.pt")["step"] == 3
+    assert call(train_vision, "--init_from=resume", f"--out_dir={stopped}")[0] == 0
+    assert read_metrics(stopped) == read_metrics(whole)
+    a, b = (checkpoint.read(folder / "ckpt.pt")["model"] for folder in (whole, stopped))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    last = read_metrics(whole)[-1]
+    metrics = {"val_accuracy"} if task == "classify" else {"val_ap", "val_ap50", "val_ap75"}
+    assert metrics < last.keys() and len(last["kappa_before"]) == len(last["kappa_after"]) == 2
+    assert last["tokens"] == 6 * 4 * 16  # 16 patches an image
+
+    code, out, _ = call(train_vision, "--eval_only", "--show=2", f"--out_dir={whole}")
+    best = checkpoint.read(whole / "best.pt")["best"]
+    assert code == 0 and f"step {best['step']}: " in out and f"{best['metric']} {best['value']:.4f}" in out
+    from PIL import Image
+    with Image.open(whole / "val_1.png") as picture:
+        assert picture.size == ((384, 384) if task == "classify" else (776, 384))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_preconditioner_reaches_every_attention(task):
+    task_on, on = build(task, "--precond=True")
+    _, off = build(task)
+    a, b = on.state_dict(), off.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)  # runs with and without pair exactly
+    images, *targets = task_on.batch(0, 4)
+    assert precond.check(on, images, *targets) == 2
+    with precond.record() as calls:
+        outputs, loss = on(images, *targets)
+    for before, after in calls:
+        assert (after.norm(dim=-1) - 1).abs().max() < 1e-5 < (before.norm(dim=-1) - 1).abs().max()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in on.parameters())
+    with precond.record() as calls:
+        assert not torch.equal(off(images, *targets)[0][0], outputs[0])
+    assert len(calls) == 2 and all(before is after for before, after in calls)
+    half = build(task, "--precond=True", "--precond_power=0.5", "--precond_grad=True")[1]
+    with precond.record() as calls:
+        half(images)
+    torch.testing.assert_close(calls[0][1], calls[0][0] / calls[0][0].norm(dim=-1, keepdim=True).sqrt(), atol=1e-5, rtol=1e-5)
+    flow = build(task, "--precond=True", "--precond_grad=True")[1]
+    gradients = []
+    for model in (on, flow):  # models with other options in the same process do not change those of the first
+        model.zero_grad()
+        torch.manual_seed(0)
+        outputs, loss = model(images, *targets)
+        loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    with precond.record() as calls:
+        torch.testing.assert_close(on(images)[0], outputs)  # the same forward pass
+    assert (calls[0][1].norm(dim=-1) - 1).abs().max() < 1e-5
+    assert (gradients[0] - gradients[1]).norm() > 0.05 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_padding_and_order_of_objects_do_not_change_the_loss(task):
+    data, model = build(task)
+    images, *targets = data.batch(3, 4)
+    if task == "classify":
+        outputs, loss = model(images, *targets)
+        expected = -outputs[0].double().log_softmax(-1)[range(4), targets[0]].mean()
+        return torch.testing.assert_close(loss.double(), expected)
+    counts, labels, objects = targets
+    torch.manual_seed(0)
+    loss = model(images, counts, labels, objects)[1]
+    wide = [torch.cat([t, torch.ones_like(t)], dim=1) for t in (labels, objects)]
+    for row, n in enumerate(counts.tolist()):
+        for t in wide:
+            t[row, :n] = t[row, :n].flip(0)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(images, counts, *wide)[1], loss, atol=0, rtol=1e-3 if task == "segment" else 1e-5)
+    torch.manual_seed(0)
+    assert abs(model(images, counts, (labels + 1) % 6, objects)[1] - loss) > 1e-3 * loss
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_perfect_outputs_have_an_average_precision_of_100(task):
+    """Truth turned into outputs of a network and back, also for records of another size than the images."""
+    data, _ = build(task, "--image_size=64")
+    images, counts, labels, objects = data.data.val.batch(range(8))
+    logits = torch.full((8, 6, 7), -20.0)
+    logits[:, :, 6] = 20
+    shape = (8, 6, 4) if task == "detect" else (8, 6, 64, 64)
+    other = torch.full(shape, 0.1 if task == "detect" else -20.0)
+    for i, n in enumerate(counts.tolist()):
+        logits[i, range(n), labels[i, :n]] = 40.0
+        other[i, :n] = objects[i, :n] if task == "detect" else 40.0 * objects[i, :n] - 20
+    truth = copy.deepcopy(data.data.truth)
+    kind = "bbox" if task == "detect" else "segm"
+    found = vision.detections(task, (logits, other), truth["images"])
+    assert coco.average_precision(truth, found, kind) == pytest.approx({"ap": 100, "ap50": 100, "ap75": 100})
+    assert coco.average_precision(truth, [d for d in found if d["image_id"] % 2], kind)["ap"] < 80
+    wrong = vision.detections(task, (logits.roll(1, dims=2), other), truth["images"])
+    assert coco.average_precision(truth, wrong, kind)["ap50"] < 20
+
+    stretched = []
+    for i, image in enumerate(truth["images"]):  # the same objects in an image of twice the width and three times the height
+        annotations = []
+        for a in truth["annotations"]:
+            if a["image_id"] == i:
+                mask = coco.rle.decode(a["segmentation"]).repeat(3, 0).repeat(2, 1)
+                annotations.append({k: v for k, v in a.items() if k not in ("id", "image_id")} | {
+                    "bbox": (np.array(a["bbox"]) * [2, 3, 2, 3]).tolist(), "segmentation": coco.encode(mask[None])[0]})
+        stretched.append({"image": {"width": 128, "height": 192}, "annotations": annotations})
+    truth = make_truth(stretched, data.data.classes)
+    found = vision.detections(task, (logits, other), truth["images"])
+    assert coco.average_precision(truth, found, kind)["ap50"] == pytest.approx(100)
+
+
+def test_evaluation_is_the_same_each_time_and_leaves_the_random_numbers_alone():
+    data, model = build("segment")
+    with Compute("cpu", "float32", 16) as compute:
+        before = torch.get_rng_state()
+        first = data.evaluate(model.eval(), compute)
+        assert torch.equal(before, torch.get_rng_state())
+        torch.manual_seed(99)
+        assert data.evaluate(model, compute) == first
+
+
+def test_bfloat16(tmp_path, call):
+    for task in TASKS:
+        code, _, err = call(train_vision, task, *TINY, "--dtype=bfloat16", "--max_iters=1", f"--out_dir={tmp_path / task}")
+        assert code == 0, err
+
+
+def test_two_processes(tmp_path, call):
+    """They see the images of one, evaluate to the same numbers, and every parameter gets a gradient."""
+    arguments = ["detect", *TINY, "--max_iters=1", "--precond=True"]
+    torchrun(2, "train_vision.py", *arguments, f"--out_dir={tmp_path / 'two'}")
+    assert call(train_vision, *arguments, f"--out_dir={tmp_path / 'one'}")[0] == 0
+    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    for name in ("val_loss", "val_ap", "val_ap50", "val_ap75"):
+        assert one[0][name] == pytest.approx(two[0][name], rel=1e-6)
+    assert one[-1]["tokens"] == two[-1]["tokens"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_small_model_learns_a_few_images(task):
+    """Trained on the images that it is evaluated on: targets, loss and evaluation speak of the same things."""
+    data, model = build(task, "--precond=True", "--precond_grad=True")
+    batch = data.data.val.batch(range(8))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with Compute("cpu", "float32", 16) as compute:
+        before = data.evaluate(model.eval(), compute)
+        for _ in range(100):
+            data.loss(model.train(), *batch)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        after = data.evaluate(model.eval(), compute)
+    assert after["val_loss"] < 0.6 * before["val_loss"]
+    if task == "classify":
+        assert after["val_accuracy"] == 1
+    else:
+        assert after["val_ap50"] > 40 > 10 > before["val_ap50"]
+    print(after)
+
+
+def test_presets_are_complete():
+    for task in TASKS:
+        config = options.parse(train_vision.Config, train_vision.preset_of_task([task]), "")[0]
+        assert config.task == task and config.out_dir == f"out-vision-{task}"
+    assert options.parse(train_vision.Config, ["config/vision_detect.toml"], "")[0] == train_vision.Config()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["detct"], "unknown task 'detct': did you mean detect?"),
+    (["detect", "--image_size=60"], "patch_size=8 does not divide image_size=60"),
+    (["segment", "--query_blocks=3"], "query_blocks=3 must not exceed n_layer=2"),
+    (["detect", "--source=nothere"], "nothere: there is nothing of that name"),
+    (["detect", "--learning_rate=1e30", "--warmup_iters=0", "--max_iters=4", "--grad_clip=0"], "the loss is not finite"),
+    (["classify", "--precond_powr=1"], "did you mean --precond_power?"),
+])
+def test_mistakes(arguments, words, tmp_path, call):
+    assert words in error(call(train_vision, arguments[0], *TINY, "--max_iters=2", *arguments[1:], f"--data_dir={tmp_path}",
+                               f"--out_dir={tmp_path / 'out'}"))
+
+
+def test_a_coco_file_without_masks_is_one_line(tmp_path, call):
+    from PIL import Image
+    (tmp_path / "annotations").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "0.png")
+    content = {"images": [{"id": 1, "file_name": "0.png", "width": 40, "height": 30}], "categories": [{"id": 1, "name": "box"}],
+               "annotations": [{"id": 5, "image_id": 1, "category_id": 1, "bbox": [3, 4, 20, 10], "area": 200, "iscrowd": 0}]}
+    for split in ("train", "val"):
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    shared = [*TINY, f"--source={tmp_path}", f"--data_dir={tmp_path / 'data'}", "--max_iters=2"]
+    message = error(call(train_vision, "segment", *shared, f"--out_dir={tmp_path / 'out'}"))
+    assert "annotation 5 has no mask" in message and "use the detect task" in message
+    assert call(train_vision, "detect", *shared, "--show=1", f"--out_dir={tmp_path / 'out'}")[0] == 0
+
+
+@pytest.mark.parametrize("package", ["transformers", "scipy"])
+def test_missing_packages(package, tmp_path, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    message = error(call(train_vision, "detect", *TINY, f"--out_dir={tmp_path / 'out'}"))
+    assert f"vision models need {package}: pip install -r requirements-extra.txt" in message
+
+
+def test_other_data_on_resume_is_refused(tmp_path, call):
+    assert call(train_vision, "classify", *TINY, "--max_iters=1", f"--out_dir={tmp_path}")[0] == 0
+    assert "--n_val=9 cannot change on resume" in error(call(train_vision, "--init_from=resume", "--n_val=9", f"--out_dir={tmp_path}"))
+    assert (ROOT / "config" / "vision_classify.toml").exists()

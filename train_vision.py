@@ -1,0 +1,205 @@
+"""Vision: classify images, detect objects, segment instances, with or without preconditioned attention.
+
+    python train_vision.py detect                              # boxes around generated shapes, minutes on two CPU cores
+    python train_vision.py detect --precond=True               # the same, preconditioned
+    python train_vision.py segment                             # instance masks
+    python train_vision.py classify --source=cifar-10-python.tar.gz --image_size=32 --patch_size=4
+    python train_vision.py detect --source=coco --image_size=256 --patch_size=16 --queries=100
+    python train_vision.py detect --eval_only --show=8         # draw predictions of the best checkpoint
+
+The models are small ViT, YOLOS and EoMT (vision.py). Without a --source the images are generated (data/shapes.py); a source is
+CIFAR-10's archive (classify), or a folder in COCO's format (detect, segment; see data/coco.py). The metric is accuracy, or average
+precision of boxes or masks as pycocotools computes it, in percent, on images that training does not see. A token is a patch.
+"""
+import difflib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+
+import config as options
+import trainer
+from config import UserError
+from data import coco
+from data.tokens import DataError
+from data.vision import open_data
+from device import Compute
+from trainer import Trainer, TrainerConfig
+from vision import TASKS, Vision, VisionConfig, detections
+
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito's
+SHOWN_SCORE, SHOWN_SIDE = 0.5, 384  # a drawn prediction's least score; a drawing's least side in pixels
+
+
+@dataclass
+class Config(TrainerConfig, VisionConfig):
+    source: Annotated[str, "CIFAR-10's archive, or a COCO folder; empty: generated shapes", "fixed"] = ""
+    data_dir: Annotated[str, "where data that was read is kept"] = "data"
+    n_val: Annotated[int, "generated validation images", "fixed"] = 500
+    show: Annotated[int, "draw the predictions on this many validation images, as PNG in out_dir"] = 0
+    out_dir: Annotated[str, "folder of the run: checkpoints, metrics, configuration"] = "out-vision-detect"
+    batch_size: Annotated[int, "images in one forward pass of one process"] = 16
+    max_iters: Annotated[int, "training steps"] = 5000
+    learning_rate: Annotated[float, "peak learning rate"] = 1e-3
+    min_lr: Annotated[float, "learning rate at the end"] = 1e-5
+    warmup_iters: Annotated[int, "steps of linear warm-up"] = 200
+    eval_interval: Annotated[int, "steps between evaluations, each followed by a checkpoint"] = 1000
+    log_interval: Annotated[int, "steps between records in metrics.jsonl"] = 50
+
+    def __post_init__(self):
+        VisionConfig.__post_init__(self)
+        TrainerConfig.__post_init__(self)
+        if self.n_val < 1:
+            raise ValueError(f"n_val={self.n_val} must be at least 1")
+
+
+class VisionTask:
+    """The task: a label, boxes or masks for each image."""
+
+    def __init__(self, config: Config):
+        self.config, self.seed, self.classify = config, config.seed, config.task == "classify"
+        self.data = open_data(config.task, config.source, config.data_dir, config.image_size, config.seed, config.n_val)
+        self.values_per_token = 3 * config.patch_size**2
+        self.train_metrics = ("train_loss", "train_accuracy") if self.classify else ("train_loss",)
+        self.objective = ("val_accuracy" if self.classify else "val_ap", "max")
+
+    def batch(self, first: int, count: int) -> tuple[torch.Tensor, ...]:
+        return self.data.train.batch(self.data.train.order(first, count, self.seed))
+
+    def loss(self, model, images, *targets):
+        outputs, loss = model(images, *targets)
+        if self.classify:
+            return loss, (outputs[0].argmax(dim=-1) == targets[0]).float().mean()
+        return (loss,)
+
+    @torch.no_grad()
+    def evaluate(self, model, compute: Compute) -> dict[str, float]:
+        """Batches, not samples, go round the processes, so that a loss that divides by a batch's objects does not depend on their number.
+        EoMT's loss draws random points: the same ones each time, apart from training's."""
+        size = self.config.batch_size
+        n = min(self.config.eval_iters * size, len(self.data.val))
+        indices = np.arange(n) * len(self.data.val) // n
+        total, right, found = 0.0, 0, []
+        with torch.random.fork_rng([compute.device] if compute.device.type == "cuda" else []):
+            for i in range(compute.rank * size, n, compute.world * size):
+                torch.manual_seed(i)
+                images, *targets = compute.move(*self.data.val.batch(indices[i:i + size]))
+                with compute.autocast():
+                    outputs, loss = model(images, *targets)
+                total += float(loss) * len(images)
+                if self.classify:
+                    right += int((outputs[0].argmax(dim=-1) == targets[0]).sum())
+                else:
+                    found += detections(self.config.task, outputs, [self.data.truth["images"][j] for j in indices[i:i + size]])
+        total, right = compute.reduce([total, right])
+        if self.classify:
+            return {"val_loss": total / n, "val_accuracy": right / n}
+        found = [d for part in compute.gather(found) for d in part]
+        ap = coco.average_precision(self.data.truth, found, "bbox" if self.config.task == "detect" else "segm", indices.tolist())
+        return {"val_loss": total / n} | {f"val_{name}": value for name, value in ap.items()}
+
+    def probe(self, model, compute: Compute):
+        images, = compute.move(self.data.val.batch(np.arange(min(4, len(self.data.val))))[0])
+        model(images)
+
+    def state(self) -> dict:
+        return self.data.state
+
+
+@torch.no_grad()
+def show(task: VisionTask, model: Vision, compute: Compute, count: int, folder: Path):
+    """Validation images with the truth (left) and the predictions whose score is above SHOWN_SCORE (right), a PNG for each."""
+    from PIL import Image
+
+    config, classes = task.config, task.data.classes
+    indices = np.arange(min(count, len(task.data.val)))
+    images, *targets = task.data.val.batch(indices)
+    with compute.autocast():
+        outputs, _ = model(*compute.move(images))
+    side = config.image_size * -(-SHOWN_SIDE // config.image_size)
+    for i in indices:
+        picture = Image.fromarray(images[i].permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.NEAREST)
+        path = folder / f"val_{i}.png"
+        if task.classify:
+            answer, label = classes[outputs[0][i].argmax()], classes[targets[0][i]]
+            picture.save(path)
+            print(f"{path}: predicted {answer}, label {label}" + ("" if answer == label else "  (wrong)"))
+            continue
+        true = true_objects(task, i, side)
+        found = detections(config.task, tuple(o[i:i + 1] for o in outputs), [{"id": 0, "width": side, "height": side}])
+        found = [d for d in found if d["score"] > SHOWN_SCORE]
+        sheet = Image.new("RGB", (2 * side + 8, side), "white")
+        for x, objects in ((0, true), (side + 8, found)):
+            sheet.paste(draw(picture, objects, classes), (x, 0))
+        sheet.save(path)
+        print(f"{path}: {len(true)} objects (left), {len(found)} found with a score above {SHOWN_SCORE} (right)")
+
+
+def true_objects(task: VisionTask, i: int, side: int) -> list[dict]:
+    """The objects of a validation image as `detections` gives them, in a picture of side x side pixels."""
+    image = task.data.truth["images"][i]
+    scale = np.array([side / image["width"], side / image["height"]] * 2)
+    objects = []
+    for a in task.data.truth["annotations"]:
+        if a["image_id"] != i or a["iscrowd"]:
+            continue
+        objects.append({"category_id": a["category_id"], "bbox": a["bbox"] * scale})
+        if task.config.task == "segment":
+            objects[-1]["segmentation"] = coco.encode(coco.shrink(coco.rle.decode(a["segmentation"]), side)[None])[0]
+    return objects
+
+
+def draw(picture, objects: list[dict], classes: list[str]):
+    """A copy of the picture with tinted masks, or boxes where there are none, and names with scores."""
+    from PIL import Image, ImageColor, ImageDraw
+
+    picture = picture.copy()
+    for d in objects:
+        colour = COLOURS[d["category_id"] % len(COLOURS)]
+        if mask := d.get("segmentation"):
+            picture.paste(ImageColor.getrgb(colour), mask=Image.fromarray(coco.rle.decode(mask) * np.uint8(150)))
+    pen = ImageDraw.Draw(picture)
+    for d in objects:
+        x, y, w, h = coco.rle.toBbox(d["segmentation"]) if "segmentation" in d else d["bbox"]
+        if "segmentation" not in d:
+            pen.rectangle([x, y, x + w, y + h], outline=COLOURS[d["category_id"] % len(COLOURS)], width=3)
+        name = classes[d["category_id"]] + (f" {d['score']:.0%}" if "score" in d else "")
+        pen.text((max(x, 0) + 4, max(y, 0) + 2), name, fill="white", stroke_width=2, stroke_fill="black", font_size=16)
+    return picture
+
+
+def preset_of_task(argv: list[str]) -> list[str]:
+    """A task's name in first place stands for its preset. Raises UserError for an unknown name."""
+    if not argv or argv[0].startswith("-") or argv[0].endswith(".toml"):
+        return argv
+    if argv[0] not in TASKS:
+        near = difflib.get_close_matches(argv[0], TASKS, n=1)
+        raise UserError(f"unknown task {argv[0]!r}: " + (f"did you mean {near[0]}? " if near else "") + f"choose {', '.join(TASKS)}")
+    return [str(Path(__file__).parent / "config" / f"vision_{argv[0]}.toml"), *argv[1:]]
+
+
+def main():
+    config, _, saved = trainer.open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
+    with Compute(config.device, saved["dtype"] if saved and config.dtype == "auto" else config.dtype, config.n_embd) as compute:
+        trainer.check_world(config, compute)
+        task = compute.once_per_node(lambda: VisionTask(config))
+        torch.manual_seed(config.seed)
+        model = Vision(config, len(task.data.classes))
+        if compute.main:
+            print(f"data: {config.source or 'generated shapes'}, {len(task.data.val):,} validation images, "
+                  f"{len(task.data.classes)} classes\n"
+                  f"model: {type(model.network).__name__}, {model.n_parameters():,} parameters, precond={config.precond}\n"
+                  f"compute: {compute.describe()}", flush=True)
+        if config.eval_only:
+            trainer.evaluate_only(config, task, model, compute, saved)
+        else:
+            trainer.finish(config, Trainer(config, task, model, compute, saved).run(), compute)
+        if config.show and compute.main:
+            show(task, model.eval(), compute, config.show, Path(config.out_dir))
+
+
+if __name__ == "__main__":
+    options.run(main, DataError)
