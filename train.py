@@ -115,8 +115,9 @@ def main():
             return
         trainer.finish(config, Trainer(config, task, model, compute, saved).run(), compute)
         if compute.main:
-            print(f"next: python sample.py --out_dir={config.out_dir}            # text from the best checkpoint\n"
-                  f"      python train.py --precond={not config.precond} --out_dir={config.out_dir}-{'on' if not config.precond else 'off'}   # the other arm")
+            print(f"next: python sample.py --out_dir={config.out_dir}        # text from the best checkpoint\n"
+                  f"      python plot.py {config.out_dir}                    # figures (pip install -r requirements-extra.txt)\n"
+                  f"      python compare.py train.py --vary precond=False,True   # with and without, over seeds, with intervals")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ class Config(TrainerConfig, ModelConfig):
     n_embd: Annotated[int, "width of the model", "fixed"] = 64
     n_inner: Annotated[int, "width of the feed-forward layer; 0: 4 n_embd", "fixed"] = 128
     bias: Annotated[bool, "biases in linear layers and layer norms", "fixed"] = True
+    landmarks: Annotated[int, "landmarks of nystrom attention", "fixed"] = 16
 
     def __post_init__(self):
         ModelConfig.__post_init__(self)
@@ -206,6 +207,8 @@ def main():
                   f"model: {model.n_parameters():,} parameters, attention={config.attention}, precond={config.precond}\n"
                   f"compute: {compute.describe()}", flush=True)
         if not config.eval_only:
+            if compute.main:
+                (Path(config.out_dir) / "test.json").unlink(missing_ok=True)  # of a run that this one replaces or continues
             trainer.finish(config, Trainer(config, task, model, compute, saved).run(), compute)
         test(config, task, model, compute)
 

@@ -1,4 +1,5 @@
 """train_lra.py, whole runs on tiny data: accuracy, kappa, exact resume, processes, what --show shows, presets, and users' mistakes."""
+import inspect
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import config as options
 import train_lra
 import trainer
 from conftest import ROOT, error, killer, read_metrics, shell, torchrun
-from data import listops, lra
+from data import listops, lra, pathfinder
 from device import Compute
 from model import Classifier
 from precond import condition_number, record
@@ -274,6 +275,16 @@ def test_presets_evaluate_the_whole_validation_split_at_the_published_length(pre
         assert config.task not in train_lra.GENERATED or (config.n_train, config.n_val, config.n_test) == lra.TASKS[config.task].counts
 
 
+@pytest.mark.parametrize("task", train_lra.GENERATED)
+def test_full_presets_generate_the_published_task(task):
+    config, _ = options.parse(train_lra.Config, [f"config/lra_{task}.toml"], "")
+    if task == "listops":
+        published = {name: p.default for name, p in inspect.signature(listops.generate).parameters.items()}
+    else:
+        published = vars(pathfinder.RELEASED[round(config.block_size ** 0.5)])
+    assert all(getattr(config, name) == published[name] for name in train_lra.GENERATED[task])
+
+
 def test_defaults_are_the_small_preset():
     config, _ = options.parse(train_lra.Config, ["config/lra_listops_small.toml"], "")
     assert config == train_lra.Config()
@@ -303,7 +314,7 @@ def test_longer_sequences_are_cut_and_counted(prepared, tmp_path, call):
     (["retrieval"], "download lra_release.gz (7.7 GiB) from https://github.com/google-research/long-range-arena"),
     (["image"], "download cifar-10-python.tar.gz (163 MiB) from https://www.cs.toronto.edu/"),
     (["image", "--source=nothere.tar.gz"], "there is no nothere.tar.gz"),
-    (["pathfinder", "--block_size=1000"], "images of 1024 pixels need block_size of at least 1024, not 1000"),
+    (["config/lra_pathfinder.toml", "--block_size=1000"], "images of 1024 pixels need block_size of at least 1024, not 1000"),
     (["--n_train=0"], "train=0 must be a number of samples"),
     (["--min_length=20", "--max_length=10"], "max_length=10 must be"),
     (["--conv_kernel_size=4"], "conv_kernel_size=4 must be odd"),
