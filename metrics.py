@@ -19,7 +19,8 @@ class Metrics:
         self.path, self.step, self.latest = folder / "metrics.jsonl", step, {}
         self.keep_until(step if step >= 0 else None)
         self.file = open(self.path, "a", encoding="utf-8")
-        self.bar = tqdm(total=total, initial=max(step, 0), unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self.bar = tqdm(total=total, initial=max(step, 0), dynamic_ncols=True, bar_format=bar_format) if sys.stderr.isatty() else None
         self.board = open_tensorboard(folder) if tensorboard else None
         self.wandb = open_wandb(wandb) if wandb else None
 
@@ -58,7 +59,7 @@ class Metrics:
         self.latest |= record
         evaluated = any(name.startswith("val_") for name in record)
         if self.bar is not None:
-            self.bar.set_postfix_str(summary(self.latest))
+            self.bar.set_postfix_str(summary(self.latest, terse=True))
         if self.bar is None or evaluated:
             self.say(f"step {record['step']}: {summary(record)}")
 
@@ -77,11 +78,15 @@ class Metrics:
             self.wandb.finish()
 
 
-def summary(record: dict) -> str:
-    """The few numbers of a record that a person watches."""
+def summary(record: dict, terse: bool = False) -> str:
+    """The few numbers of a record that a person watches; terse: as they fit beside a progress bar."""
     shown = [(name, "{:.4f}") for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_bpb")]
     shown += [(name, "{:.1f}") for name in ("val_ap", "val_ap50")]
-    parts = [name.replace("_", " ") + " " + form.format(record[name]) for name, form in shown if name in record]
+    if terse:
+        names = {"train_loss": "train", "val_loss": "val", "val_accuracy": "accuracy", "val_ap": "AP"}
+        parts = [f"{names[name]} {form.format(record[name])}" for name, form in shown if name in names and name in record]
+    else:
+        parts = [name.replace("_", " ") + " " + form.format(record[name]) for name, form in shown if name in record]
     if "tokens_per_s" in record:
         parts.append(f"{record['tokens_per_s']:,.0f} tokens/s")
     return ", ".join(parts)

@@ -14,6 +14,7 @@ Sample g of step s at position i is g = s * batch_size * gradient_accumulation_s
 """
 import contextlib
 import math
+import os
 import shutil
 import signal
 import sys
@@ -103,7 +104,18 @@ def open_run(cls: type, argv: list[str], doc: str) -> tuple[Any, dict, dict | No
     old = saved["config"]["batch_size"] * saved["config"]["gradient_accumulation_steps"]
     if config.global_batch != old:
         raise UserError(f"batch_size x gradient_accumulation_steps = {config.global_batch} cannot change on resume: the run has {old}")
+    announce(config, saved, typed)
     return config, typed, saved
+
+
+def announce(config: TrainerConfig, saved: dict, typed: dict):
+    """Say where a run goes on, and which of its options were changed."""
+    changed = [f"{key} {saved['config'][key]} -> {value}" for key, value in typed.items()
+               if key != "out_dir" and saved["config"].get(key, value) != value]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{config.out_dir}: step {saved['step']} of {config.max_iters}" + (", changed: " + ", ".join(changed) if changed else ""))
+        if saved["step"] >= config.max_iters and not config.eval_only:
+            print("nothing left to train: raise --max_iters to go on")
 
 
 def check_world(config: TrainerConfig, compute: Compute):
@@ -335,7 +347,8 @@ class Trainer:
             if not resuming:
                 for name in ("ckpt.pt", "best.pt"):
                     (self.folder / name).unlink(missing_ok=True)
-            options.save(config, self.folder / "config.toml")
+            if not resuming or self.step < config.max_iters:
+                options.save(config, self.folder / "config.toml")
             wandb = {"project": config.wandb_project, "name": config.wandb_run_name or None, "config": asdict(config)}
             return Metrics(self.folder, self.step if resuming else -1, config.max_iters, config.tensorboard, wandb if config.wandb_log else None)
         except OSError as e:
