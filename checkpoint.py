@@ -1,6 +1,8 @@
 """Checkpoints: plain dictionaries, written atomically, read without executing anything in them."""
 import os
 import pickle
+import struct
+import zipfile
 from pathlib import Path
 
 import torch
@@ -32,12 +34,19 @@ def save(path: Path, state: dict):
 def read(path: Path) -> dict:
     """The checkpoint at `path`, on the CPU. Raises UserError where it is missing, truncated, or holds anything but tensors and plain values."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():  # torch.load does not look at the checksums
+                    raise ValueError("a checksum differs")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        return state
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train first, or name the run's folder with --out_dir") from None
     except pickle.UnpicklingError as e:
         raise UserError(f"{path} is refused: it is damaged or holds something other than tensors and plain values ({first_line(e)})") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, struct.error, zipfile.BadZipFile) as e:
         raise UserError(f"{path} is not a readable checkpoint (truncated or damaged: {first_line(e)})") from None
 
 

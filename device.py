@@ -170,10 +170,11 @@ class Compute:
         """FLOP/s of a large matrix product in `dtype`, measured now: the best of what fits into `seconds`."""
         n = 8192 if self.device.type == "cuda" else 1024
         a, b = torch.randn(2, n, n, device=self.device, dtype=DTYPES[self.dtype], generator=torch.Generator(self.device).manual_seed(0))
-        out, best, end = torch.empty_like(a), float("inf"), time.perf_counter() + seconds
+        out, best = torch.empty_like(a), float("inf")
         torch.mm(a, b, out=out)
-        while time.perf_counter() < end:
-            self.synchronize()
+        self.synchronize()
+        end = time.perf_counter() + seconds
+        while best == float("inf") or time.perf_counter() < end:
             start = time.perf_counter()
             torch.mm(a, b, out=out)
             self.synchronize()

@@ -52,6 +52,10 @@ class ModelConfig:
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}: choose a divisor of {self.n_embd}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        if self.n_inner < 0 or not self.precond_eps >= 0:
+            raise ValueError(f"n_inner={self.n_inner} and precond_eps={self.precond_eps} must not be negative")
+        if self.precond_power != "learned" and not math.isfinite(self.precond_power):
+            raise ValueError(f"precond_power={self.precond_power} must be a finite number, or learned")
         if self.conv_kernel_size < 0 or self.conv_kernel_size and self.conv_kernel_size % 2 == 0:
             raise ValueError(f"conv_kernel_size={self.conv_kernel_size} must be odd, or 0 for no convolution skip")
 

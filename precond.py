@@ -58,7 +58,7 @@ def condition_number(a: torch.Tensor) -> torch.Tensor:
     A is taken in fp32 and its singular values in fp64. inf where sigma_min <= 2^-23 sigma_max (rank-deficient to fp32), nan where
     A is not finite.
     """
-    a = a.detach().float().to("cpu", torch.float64)
+    a = a.detach().float().cpu().double()
     finite = a.isfinite().all(dim=-1).all(dim=-1)
     s = torch.linalg.svdvals(torch.where(finite[..., None, None], a, 0.0))
     largest, smallest = s[..., 0], s[..., -1]

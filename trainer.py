@@ -72,6 +72,10 @@ class TrainerConfig:
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and self.adam_eps >= 0):
+            raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be in [0, 1), adam_eps={self.adam_eps} not negative")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed} must be below {2**32}")
         for name in ("seed", "max_iters", "warmup_iters", "lr_decay_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
@@ -97,12 +101,14 @@ def open_run(cls: type, argv: list[str], doc: str) -> tuple[Any, dict, dict | No
         return config, typed, None
     best = config.eval_only and (folder / "best.pt").exists()
     saved = checkpoint.read(folder / ("best.pt" if best else "ckpt.pt"))
-    if not {"config", "model", "step"} <= set(saved):
-        raise UserError(f"the checkpoint in {folder} was not written by this project: it lacks {sorted({'config', 'model', 'step'} - set(saved))}")
-    typed = {key: value for key, value in typed.items() if key not in ("init_from", "overwrite")} | {"out_dir": config.out_dir}
+    needed = {"config", "model", "step", "task"} | (set() if config.eval_only else {"optimizer", "ranks"})
+    if missing := sorted(needed - set(saved)):
+        raise UserError(f"the checkpoint in {folder} cannot be used: it lacks {', '.join(missing)} (best.pt holds the model alone)")
+    kept = {key: value for key, value in typed.items() if key not in ("init_from", "overwrite")}
+    typed = kept | {"out_dir": config.out_dir, "eval_only": config.eval_only}
     config = options.resume(cls, saved["config"], typed)
     old = saved["config"]["batch_size"] * saved["config"]["gradient_accumulation_steps"]
-    if config.global_batch != old:
+    if config.global_batch != old and not config.eval_only:
         raise UserError(f"batch_size x gradient_accumulation_steps = {config.global_batch} cannot change on resume: the run has {old}")
     announce(config, saved, typed)
     return config, typed, saved
@@ -111,7 +117,7 @@ def open_run(cls: type, argv: list[str], doc: str) -> tuple[Any, dict, dict | No
 def announce(config: TrainerConfig, saved: dict, typed: dict):
     """Say where a run goes on, and which of its options were changed."""
     changed = [f"{key} {saved['config'][key]} -> {value}" for key, value in typed.items()
-               if key != "out_dir" and saved["config"].get(key, value) != value]
+               if key not in ("out_dir", "eval_only") and saved["config"].get(key, value) != value]
     if os.environ.get("RANK", "0") == "0":
         print(f"{config.out_dir}: step {saved['step']} of {config.max_iters}" + (", changed: " + ", ".join(changed) if changed else ""))
         if saved["step"] >= config.max_iters and not config.eval_only:
@@ -196,10 +202,9 @@ class Trainer:
                 if self.step % config.log_interval == 0 and self.step % config.eval_interval and self.step < config.max_iters:
                     self.stop_clock()
                     self.report({})
-                self.signal = int(self.compute.reduce([self.signal], "max")[0])
-                if self.signal:
+                if number := int(self.compute.reduce([self.signal], "max")[0]):  # a later signal is seen after the next step
                     self.save()
-                    return self.signal
+                    return number
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -235,7 +240,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.sums[:-1] += values
-        self.sums[-1] += norm
+        self.sums[-1] += norm.where(norm.isfinite(), 0.0)  # the float16 scaler skips such a step; elsewhere bad_step tells
         # the float16 scaler skips steps whose gradient overflows: there only the loss tells
         finite = values[0].isfinite() if self.scaler.is_enabled() else values[0].isfinite() & norm.isfinite()
         self.bad_step = torch.where((self.bad_step < 0) & ~finite, self.step, self.bad_step)
@@ -327,7 +332,8 @@ class Trainer:
     def restore(self, saved: dict):
         restore_model(self.raw, self.task, saved, self.folder)
         self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty where the run was not in float16
+            self.scaler.load_state_dict(saved["scaler"])
         self.step, self.evaluated, self.best = saved["step"], saved["evaluated"], saved["best"]
         self.train_seconds, self.tokens = saved["train_seconds"], saved["tokens"]
         ranks, rank, world = saved["ranks"], self.compute.rank, self.compute.world

@@ -42,6 +42,16 @@ def test_truncated(tmp_path):
             checkpoint.read(tmp_path / "c.pt")
 
 
+def test_one_flipped_bit(tmp_path):
+    checkpoint.save(tmp_path / "c.pt", {"w": torch.zeros(1000)})
+    whole = bytearray((tmp_path / "c.pt").read_bytes())
+    at = whole.index(bytes(4000)) + 2000
+    whole[at] ^= 1
+    (tmp_path / "c.pt").write_bytes(whole)
+    with pytest.raises(UserError, match="a checksum differs"):
+        checkpoint.read(tmp_path / "c.pt")
+
+
 class Payload:
     def __init__(self, path):
         self.path = path

@@ -44,7 +44,7 @@ def test_weight_decay_acts_on_matrices_only():
 
 
 @pytest.mark.parametrize("wrong", [dict(batch_size=0), dict(eval_interval=0), dict(log_interval=-1), dict(learning_rate=-1.0),
-                                   dict(max_iters=-1), dict(grad_clip=math.nan)])
+                                   dict(max_iters=-1), dict(grad_clip=math.nan), dict(beta1=1.5), dict(seed=2**40)])
 def test_impossible_configurations(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         TrainerConfig(**wrong)
