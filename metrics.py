@@ -17,12 +17,12 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int, total: int, tensorboard: bool, wandb: dict | None):
         self.path, self.step, self.latest = folder / "metrics.jsonl", step, {}
+        self.board = open_tensorboard(folder) if tensorboard else None  # what can fail comes before what is lost
+        self.wandb = open_wandb(wandb) if wandb else None
         self.keep_until(step if step >= 0 else None)
         self.file = open(self.path, "a", encoding="utf-8")
         bar_format = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self.bar = tqdm(total=total, initial=max(step, 0), dynamic_ncols=True, bar_format=bar_format) if sys.stderr.isatty() else None
-        self.board = open_tensorboard(folder) if tensorboard else None
-        self.wandb = open_wandb(wandb) if wandb else None
 
     def keep_until(self, step: int | None):
         """Drop the records after `step` (None: all of them), and a last line that a kill left unfinished."""

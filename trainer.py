@@ -350,13 +350,14 @@ class Trainer:
         config = self.config
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not resuming:
-                for name in ("ckpt.pt", "best.pt"):
-                    (self.folder / name).unlink(missing_ok=True)
             if not resuming or self.step < config.max_iters:
                 options.save(config, self.folder / "config.toml")
             wandb = {"project": config.wandb_project, "name": config.wandb_run_name or None, "config": asdict(config)}
-            return Metrics(self.folder, self.step if resuming else -1, config.max_iters, config.tensorboard, wandb if config.wandb_log else None)
+            metrics = Metrics(self.folder, self.step if resuming else -1, config.max_iters, config.tensorboard, wandb if config.wandb_log else None)
+            if not resuming:
+                for name in ("ckpt.pt", "best.pt"):
+                    (self.folder / name).unlink(missing_ok=True)
+            return metrics
         except OSError as e:
             raise UserError(f"cannot write to {self.folder}: {e.strerror}") from None
 
