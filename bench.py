@@ -81,7 +81,8 @@ class Config:
                 if word not in known:
                     raise ValueError(f"--{name}={word} is unknown: choose of {','.join(known)}")
         if self.rounds < 1 or self.batch_size < 0 or self.threads < 0:
-            raise ValueError(f"rounds={self.rounds} must be at least 1, batch_size={self.batch_size} and threads={self.threads} not negative")
+            raise ValueError(f"rounds={self.rounds} must be at least 1, batch_size={self.batch_size} and threads={self.threads} "
+                             "not negative")
         if self.against and not (Path(self.against) / "model.py").exists():
             raise ValueError(f"--against={self.against} holds no model.py: give the folder of a nanoGPT checkout")
 
@@ -230,8 +231,8 @@ class Arm:
             return self.pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join()
-            raise UserError(f"a process of the bench ended with exit code {self.process.exitcode} (-9: out of memory): its message is above; "
-                            "try fewer --arms or a smaller --batch_size") from None
+            raise UserError(f"a process of the bench ended with exit code {self.process.exitcode} (-9: out of memory): its message is "
+                            "above; try fewer --arms or a smaller --batch_size") from None
 
     def close(self):
         if self.process.is_alive():
@@ -301,7 +302,8 @@ def table(result: dict[str, dict]) -> str:
     """What `measure` found, as text; time and memory also as ratios to the first arm and to nanoGPT."""
     first = next(iter(result))
     others = [first] + ["nanoGPT"] * ("nanoGPT" in result and first != "nanoGPT")
-    lines = [f"{'arm':<24}{'dtype':>9}{'loss':>9}{'ms/step':>10} {'quartiles':<17}{'tokens/s':>9}{'peak MB':>9}{'util.':>7}{'of GFLOP/s':>11}"
+    lines = [f"{'arm':<24}{'dtype':>9}{'loss':>9}{'ms/step':>10} "
+             f"{'quartiles':<17}{'tokens/s':>9}{'peak MB':>9}{'util.':>7}{'of GFLOP/s':>11}"
              + "".join(f"{'time, memory / ' + other:>25}" for other in others)]
     for arm, r in result.items():
         low, high = (f"{1e3 * q:.4g}" for q in r["quartiles"])

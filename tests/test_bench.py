@@ -56,8 +56,8 @@ def test_a_bench_of_all_arms(tmp_path):
     (tmp_path / "tiny.py").write_text(textwrap.dedent(TINY).format(root=bench.__file__.removesuffix("bench.py")))
     (tmp_path / "nano").mkdir()
     (tmp_path / "nano/model.py").write_text(textwrap.dedent(NANOGPT))
-    done = shell(tmp_path / "tiny.py", "--sizes=default", "--rounds=1", "--arms=baseline,precond", f"--against={tmp_path / 'nano'}", "--checkpoint_activations",
-                 "--profile", f"--out_dir={tmp_path / 'profile'}", "--device=cpu", "--dtype=bfloat16")
+    done = shell(tmp_path / "tiny.py", "--sizes=default", "--rounds=1", "--arms=baseline,precond", f"--against={tmp_path / 'nano'}",
+                 "--checkpoint_activations", "--profile", f"--out_dir={tmp_path / 'profile'}", "--device=cpu", "--dtype=bfloat16")
     lines = done.stdout.strip().splitlines()
     assert lines[0] == "default: 1 layers x 16, vocabulary 13, batch 2 x 8" and "time, memory / nanoGPT" in lines[2], done.stdout
     arms = {line[:24].strip(): line[24:].split() for line in lines[3:7]}
