@@ -50,9 +50,29 @@ def read(path: Path) -> dict:
         raise UserError(f"{path} is not a readable checkpoint (truncated or damaged: {first_line(e)})") from None
 
 
+def choose(folder: Path, best: bool) -> Path:
+    """The path of the best checkpoint in a run's folder, where one is wanted and there; else of the latest."""
+    return folder / ("best.pt" if best and (folder / "best.pt").exists() else "ckpt.pt")
+
+
+def read_language_model(folder: Path, best: bool) -> dict:
+    """`choose` and `read`, for a run of train.py. Raises UserError where it is another script's."""
+    saved = read(choose(folder, best))
+    if "tokenizer" not in saved.get("task", {}):
+        raise UserError(f"{folder} holds no language model of train.py")
+    return saved
+
+
 def first_line(e: Exception) -> str:
     text = str(e).strip().splitlines() or [type(e).__name__]
     return text[0][:120]
+
+
+def restore_model(model: torch.nn.Module, task, saved: dict, folder: Path):
+    """Load a checkpoint's weights. Raises UserError where it belongs to other data or another model."""
+    if saved["task"] != task.state():
+        raise UserError(f"the data is not what the run in {folder} was trained on: restore it, or start anew in another --out_dir")
+    load_weights(model, saved["model"], f"the checkpoint in {folder}")
 
 
 def load_weights(model: torch.nn.Module, state: dict, source: object):

@@ -38,8 +38,8 @@ import torch
 import config as options
 import report
 from config import UserError
+from curves import DATA
 from device import pick_device, pick_dtype
-from plot import DATA
 from runs import Progress, Run, code_hash, content
 
 ROOT = Path(__file__).resolve().parent

@@ -64,6 +64,21 @@ def parse(cls: type, argv: list[str], doc: str) -> tuple[Any, dict[str, Any]]:
     return build(cls, preset | typed), typed
 
 
+def preset_of_task(argv: list[str], tasks: tuple[str, ...], prefix: str) -> list[str]:
+    """A task's name in first place stands for its preset config/<prefix>_<task>.toml: the small one, where there is one.
+
+    Raises UserError for an unknown name.
+    """
+    if not argv or argv[0].startswith("-") or argv[0].endswith(".toml"):
+        return argv
+    if argv[0] not in tasks:
+        near = difflib.get_close_matches(argv[0], tasks, n=1)
+        raise UserError(f"unknown task {argv[0]!r}: " + (f"did you mean {near[0]}? " if near else "") + f"choose {', '.join(tasks)}")
+    presets = Path(__file__).parent / "config"
+    small = presets / f"{prefix}_{argv[0]}_small.toml"
+    return [str(small if small.exists() else presets / f"{prefix}_{argv[0]}.toml"), *argv[1:]]
+
+
 def resume(cls: type, saved: dict[str, Any], typed: dict[str, Any]) -> Any:
     """The configuration of a resumed run: the saved one; only options in `typed` override it. Raises UserError at a changed fixed one."""
     fields = options(cls)

@@ -149,10 +149,7 @@ def split(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 def main():
     config, _ = options.parse(Config, sys.argv[1:], __doc__)
     run = Path(config.out_dir)
-    best = config.ckpt == "best" and (run / "best.pt").exists()
-    saved = checkpoint.read(run / ("best.pt" if best else "ckpt.pt"))
-    if "tokenizer" not in saved.get("task", {}):
-        raise UserError(f"{run} holds no language model of train.py")
+    saved = checkpoint.read_language_model(run, best=config.ckpt == "best")
     folder = Path(config.to or run / "hf")
     precond = write(saved, folder, config.overwrite)
     print(f"wrote step {saved['step']} of {run} to {folder}. Load it with")

@@ -16,7 +16,7 @@ class Metrics:
     """Writes records {"step": int, name: number | list | None}. On resume the file is cut back to the checkpoint's step."""
 
     def __init__(self, folder: Path, step: int, total: int, tensorboard: bool, wandb: dict | None):
-        self.path, self.step, self.latest = folder / "metrics.jsonl", step, {}
+        self.path, self.latest = folder / "metrics.jsonl", {}
         self.board = open_tensorboard(folder) if tensorboard else None  # what can fail comes before what is lost
         self.wandb = open_wandb(wandb) if wandb else None
         self.keep_until(step if step >= 0 else None)

@@ -15,10 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attention
 import fast
-from precond import precondition
-
-LEARNED_FROM = 0.5  # where precond_power=learned starts
-
+from precond import LEARNED_FROM, precondition
 
 @dataclass
 class ModelConfig:

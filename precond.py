@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+LEARNED_FROM = 0.5  # where a learned power starts
 _recordings: list[list] = []
 
 

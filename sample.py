@@ -144,11 +144,7 @@ def read_prompts(start: str) -> list[str]:
 
 def main():
     config, _ = options.parse(Config, sys.argv[1:], __doc__)
-    folder = Path(config.out_dir)
-    best = config.ckpt == "best" and (folder / "best.pt").exists()
-    saved = checkpoint.read(folder / ("best.pt" if best else "ckpt.pt"))
-    if "tokenizer" not in saved.get("task", {}):
-        raise UserError(f"{folder} holds no language model of train.py")
+    saved = checkpoint.read_language_model(Path(config.out_dir), best=config.ckpt == "best")
     tokenizer = text.load_tokenizer(saved["task"]["tokenizer"])
     prompts = [prompt for prompt in read_prompts(config.start) for _ in range(config.num_samples)]
     with Compute(config.device, config.dtype, saved["config"]["n_embd"]) as compute:

@@ -16,7 +16,7 @@ import torch
 
 import config as options
 import pretrained
-import trainer
+import session
 from checkpoint import load_weights
 from config import UserError
 from data import text
@@ -94,12 +94,11 @@ def start_from_pretrained(config: Config, typed: dict) -> tuple[Config, dict]:
 
 
 def main():
-    config, typed, saved = trainer.open_run(Config, sys.argv[1:], __doc__)
+    config, typed, saved = session.open_run(Config, sys.argv[1:], __doc__)
     weights = None
     if saved is None and config.init_from not in ("scratch", "auto"):
         config, weights = start_from_pretrained(config, typed)
-    with Compute(config.device, saved["dtype"] if saved and config.dtype == "auto" else config.dtype, config.n_embd) as compute:
-        trainer.check_world(config, compute)
+    with session.compute_for(config, saved) as compute:
         folder = compute.once_per_node(lambda: text.prepare(config.dataset, config.data_dir, config.tokenizer))
         task = LanguageModelling(config, folder)
         torch.manual_seed(config.seed)
@@ -111,9 +110,9 @@ def main():
                   f"vocabulary {task.meta['vocab_size']:,}\nmodel: {model.n_parameters():,} parameters, block_size={config.block_size}, "
                   f"precond={config.precond}\ncompute: {compute.describe()}", flush=True)
         if config.eval_only:
-            trainer.evaluate_only(config, task, model, compute, saved)
+            session.evaluate_only(config, task, model, compute, saved)
             return
-        trainer.finish(config, Trainer(config, task, model, compute, saved).run(), compute)
+        session.finish(config, Trainer(config, task, model, compute, saved).run(), compute)
         if compute.main:
             print(f"next: python sample.py --out_dir={config.out_dir}        # text from the best checkpoint\n"
                   f"      python plot.py {config.out_dir}                    # figures (pip install -r requirements-extra.txt)\n"

@@ -10,7 +10,6 @@
 Tasks: listops, text, retrieval, image, pathfinder, pathx (Tay et al. 2020, arXiv 2011.04006). The metric is accuracy. The best checkpoint
 is chosen on the validation split; the test split is read once, for that checkpoint.
 """
-import difflib
 import json
 import sys
 from dataclasses import dataclass
@@ -22,15 +21,16 @@ import torch
 
 import checkpoint
 import config as options
-import trainer
+import session
 from config import UserError
 from data import listops, lra
+from data.order import Shuffled
 from data.text import DataError
 from device import Compute
 from model import Classifier, ModelConfig
 from trainer import Trainer, TrainerConfig
 
-TASKS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
+TASKS = tuple(lra.TASKS)
 GENERATED = {  # the options that each generator takes
     "listops": ("min_length", "max_length", "max_depth", "max_args"),
     "pathfinder": ("size", "contour_length", "distractors", "seed_distance"),
@@ -82,15 +82,11 @@ class Classification:
     def __init__(self, config: Config, folder: Path):
         self.batch_size, self.seed, self.eval_limit = config.batch_size, config.seed, config.eval_iters * config.batch_size
         self.meta, self.splits = lra.load(folder)
-        self.epochs = {}
+        self.shuffled = Shuffled(len(self.splits["train"]))
 
     def batch(self, first: int, count: int) -> list[torch.Tensor]:
         """Samples of an endless sequence of epochs, each a permutation drawn from (seed, epoch): tokens, mask, labels."""
-        n = len(self.splits["train"])
-        epoch, i = np.divmod(np.arange(first, first + count), n)
-        self.epochs = {e: self.epochs[e] if e in self.epochs else np.random.default_rng([self.seed, e]).permutation(n)
-                       for e in set(epoch.tolist())}
-        return self.splits["train"].batch([self.epochs[e][j] for e, j in zip(epoch, i)])
+        return self.splits["train"].batch(self.shuffled.indices(first, count, self.seed))
 
     def loss(self, model, x, mask, y):
         logits, loss = model(x, mask, y)
@@ -142,7 +138,7 @@ def test(config: Config, task: Classification, model: Classifier, compute: Compu
     """Print, and write to test.json, the accuracy of the best checkpoint on the test split, beside answers that read no sequence."""
     folder = Path(config.out_dir)
     best = checkpoint.read(folder / "best.pt")
-    trainer.restore_model(model, task, best, folder)
+    checkpoint.restore_model(model, task, best, folder)
     loss, accuracy = task.score(model.eval(), compute, "test")
     baselines = {name: values["test"] for name, values in task.meta["baselines"].items()}
     if compute.main:
@@ -182,21 +178,12 @@ def show(config: Config, task: Classification, model: Classifier, compute: Compu
 
 
 def preset_of_task(argv: list[str]) -> list[str]:
-    """A task's name in first place stands for its preset: the small one, where there is one. Raises UserError for an unknown name."""
-    if not argv or argv[0].startswith("-") or argv[0].endswith(".toml"):
-        return argv
-    if argv[0] not in TASKS:
-        near = difflib.get_close_matches(argv[0], TASKS, n=1)
-        raise UserError(f"unknown task {argv[0]!r}: " + (f"did you mean {near[0]}? " if near else "") + f"choose {', '.join(TASKS)}")
-    presets = Path(__file__).parent / "config"
-    small = presets / f"lra_{argv[0]}_small.toml"
-    return [str(small if small.exists() else presets / f"lra_{argv[0]}.toml"), *argv[1:]]
+    return options.preset_of_task(argv, TASKS, "lra")
 
 
 def main():
-    config, _, saved = trainer.open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
-    with Compute(config.device, saved["dtype"] if saved and config.dtype == "auto" else config.dtype, config.n_embd) as compute:
-        trainer.check_world(config, compute)
+    config, _, saved = session.open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
+    with session.compute_for(config, saved) as compute:
         folder = compute.once_per_node(lambda: prepare(config))
         task = Classification(config, folder)
         torch.manual_seed(config.seed)
@@ -209,7 +196,7 @@ def main():
         if not config.eval_only:
             if compute.main:
                 (Path(config.out_dir) / "test.json").unlink(missing_ok=True)  # of a run that this one replaces or continues
-            trainer.finish(config, Trainer(config, task, model, compute, saved).run(), compute)
+            session.finish(config, Trainer(config, task, model, compute, saved).run(), compute)
         test(config, task, model, compute)
 
 

@@ -11,7 +11,6 @@ The models are small ViT, YOLOS and EoMT (vision.py). Without a --source the ima
 CIFAR-10's archive (classify), or a folder in COCO's format (detect, segment; see data/coco.py). The metric is accuracy, or average
 precision of boxes or masks as pycocotools computes it, in percent, on images that training does not see. A token is a patch.
 """
-import difflib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,7 @@ import numpy as np
 import torch
 
 import config as options
-import trainer
-from config import UserError
+import session
 from data import coco
 from data.tokens import DataError
 from data.vision import open_data
@@ -172,19 +170,12 @@ def draw(picture, objects: list[dict], classes: list[str]):
 
 
 def preset_of_task(argv: list[str]) -> list[str]:
-    """A task's name in first place stands for its preset. Raises UserError for an unknown name."""
-    if not argv or argv[0].startswith("-") or argv[0].endswith(".toml"):
-        return argv
-    if argv[0] not in TASKS:
-        near = difflib.get_close_matches(argv[0], TASKS, n=1)
-        raise UserError(f"unknown task {argv[0]!r}: " + (f"did you mean {near[0]}? " if near else "") + f"choose {', '.join(TASKS)}")
-    return [str(Path(__file__).parent / "config" / f"vision_{argv[0]}.toml"), *argv[1:]]
+    return options.preset_of_task(argv, TASKS, "vision")
 
 
 def main():
-    config, _, saved = trainer.open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
-    with Compute(config.device, saved["dtype"] if saved and config.dtype == "auto" else config.dtype, config.n_embd) as compute:
-        trainer.check_world(config, compute)
+    config, _, saved = session.open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
+    with session.compute_for(config, saved) as compute:
         task = compute.once_per_node(lambda: VisionTask(config))
         torch.manual_seed(config.seed)
         model = Vision(config, len(task.data.classes))
@@ -194,9 +185,9 @@ def main():
                   f"model: {type(model.network).__name__}, {model.n_parameters():,} parameters, precond={config.precond}\n"
                   f"compute: {compute.describe()}", flush=True)
         if config.eval_only:
-            trainer.evaluate_only(config, task, model, compute, saved)
+            session.evaluate_only(config, task, model, compute, saved)
         else:
-            trainer.finish(config, Trainer(config, task, model, compute, saved).run(), compute)
+            session.finish(config, Trainer(config, task, model, compute, saved).run(), compute)
         if config.show and compute.main:
             show(task, model.eval(), compute, config.show, Path(config.out_dir))
 

@@ -14,14 +14,12 @@ Sample g of step s at position i is g = s * batch_size * gradient_accumulation_s
 """
 import contextlib
 import math
-import os
 import shutil
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -32,6 +30,7 @@ import fast
 from config import UserError
 from device import Compute
 from metrics import Metrics, layer_kappa
+from precond import LEARNED_FROM
 
 
 @dataclass
@@ -83,45 +82,6 @@ class TrainerConfig:
     @property
     def global_batch(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
-
-
-def open_run(cls: type, argv: list[str], doc: str) -> tuple[Any, dict, dict | None]:
-    """-> (configuration, options typed in `argv`, checkpoint to go on from or None). Raises UserError.
-
-    Resuming starts from the checkpoint's configuration, and only typed options override it. eval_only reads the best checkpoint.
-    """
-    config, typed = options.parse(cls, argv, doc)
-    folder = Path(config.out_dir)
-    exists = (folder / "ckpt.pt").exists()
-    read = config.init_from == "resume" or (config.init_from == "auto" and exists) or (config.eval_only and config.init_from == "scratch")
-    if not read:
-        if exists and not config.overwrite and not config.eval_only:
-            raise UserError(f"{folder} holds a run: continue it with --init_from=resume, choose another folder with --out_dir=NAME, "
-                            "or replace it with --overwrite")
-        return config, typed, None
-    best = config.eval_only and (folder / "best.pt").exists()
-    saved = checkpoint.read(folder / ("best.pt" if best else "ckpt.pt"))
-    needed = {"config", "model", "step", "task"} | (set() if config.eval_only else {"optimizer", "ranks"})
-    if missing := sorted(needed - set(saved)):
-        raise UserError(f"the checkpoint in {folder} cannot be used: it lacks {', '.join(missing)} (best.pt holds the model alone)")
-    kept = {key: value for key, value in typed.items() if key not in ("init_from", "overwrite")}
-    typed = kept | {"out_dir": config.out_dir, "eval_only": config.eval_only}
-    config = options.resume(cls, saved["config"], typed)
-    old = saved["config"]["batch_size"] * saved["config"]["gradient_accumulation_steps"]
-    if config.global_batch != old and not config.eval_only:
-        raise UserError(f"batch_size x gradient_accumulation_steps = {config.global_batch} cannot change on resume: the run has {old}")
-    announce(config, saved, typed)
-    return config, typed, saved
-
-
-def announce(config: TrainerConfig, saved: dict, typed: dict):
-    """Say where a run goes on, and which of its options were changed."""
-    changed = [f"{key} {saved['config'][key]} -> {value}" for key, value in typed.items()
-               if key not in ("out_dir", "eval_only") and saved["config"].get(key, value) != value]
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{config.out_dir}: step {saved['step']} of {config.max_iters}" + (", changed: " + ", ".join(changed) if changed else ""))
-        if saved["step"] >= config.max_iters and not config.eval_only:
-            print("nothing left to train: raise --max_iters to go on")
 
 
 def check_world(config: TrainerConfig, compute: Compute):
@@ -271,7 +231,7 @@ class Trainer:
         power = self.config.precond_power
         self.raw.eval()
         result = layer_kappa(lambda: self.task.probe(self.raw, self.compute),
-                             None if self.config.precond else 0.5 if power == "learned" else power)
+                             None if self.config.precond else LEARNED_FROM if power == "learned" else power)
         self.raw.train()
         if self.config.precond and power == "learned":
             result["precond_power"] = self.raw.powers()
@@ -330,7 +290,7 @@ class Trainer:
                 "dtype": self.compute.dtype}
 
     def restore(self, saved: dict):
-        restore_model(self.raw, self.task, saved, self.folder)
+        checkpoint.restore_model(self.raw, self.task, saved, self.folder)
         self.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": self.optimizer.state_dict()["param_groups"]})
         if saved["scaler"]:  # empty where the run was not in float16
             self.scaler.load_state_dict(saved["scaler"])
@@ -370,30 +330,6 @@ class Trainer:
         return {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
 
-def restore_model(model: torch.nn.Module, task, saved: dict, folder: Path):
-    """Load a checkpoint's weights. Raises UserError where it belongs to other data or another model."""
-    if saved["task"] != task.state():
-        raise UserError(f"the data is not what the run in {folder} was trained on: restore it, or start anew in another --out_dir")
-    checkpoint.load_weights(model, saved["model"], f"the checkpoint in {folder}")
-
-
-def evaluate_only(config: TrainerConfig, task, model: torch.nn.Module, compute: Compute, saved: dict | None):
-    """Print the evaluation of a checkpoint's model, or of `model` as it is."""
-    if saved:
-        restore_model(model, task, saved, Path(config.out_dir))
-    result = task.evaluate(compute.wrap(model.to(compute.device).eval()), compute)
-    if compute.main:
-        print(f"step {saved['step'] if saved else 0}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
-
-
 def check_compiler(compute: Compute):
     if compute.device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         raise UserError("--compile on a CPU needs a C++ compiler (g++ or clang++) on the PATH: install one, or leave --compile off")
-
-
-def finish(config: TrainerConfig, signal_number: int | None, compute: Compute):
-    """Say what happened when a run was stopped, and exit with the shell's code for it."""
-    if signal_number:
-        if compute.main:
-            print(f"stopped by {signal.Signals(signal_number).name}; saved {Path(config.out_dir) / 'ckpt.pt'}. Go on with --init_from=resume")
-        sys.exit(128 + signal_number)

@@ -6,11 +6,9 @@
 
 All three reach the preconditioner through precond.register_transformers, off (power 0) or on, so kappa is recorded in both cases.
 """
-import warnings
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

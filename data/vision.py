@@ -18,6 +18,7 @@ import torch
 from data import coco, shapes
 from data.folders import ensure
 from data.lra_sources import DAMAGED, cifar10
+from data.order import Shuffled
 from data.tokens import DataError
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -88,7 +89,7 @@ class Stored:
     """A split of a prepared folder, memory-mapped."""
 
     def __init__(self, folder: Path, split: str, task: str, size: int, count: int):
-        self.task, self.size, self.count, self.epochs = task, size, count, {}
+        self.task, self.size, self.count, self.shuffled = task, size, count, Shuffled(count)
         self.images = np.memmap(folder / f"{split}_images.bin", np.uint8, "r", shape=(count, size, size, 3))
         self.labels, self.offsets = np.load(folder / f"{split}_labels.npy"), np.load(folder / f"{split}_offsets.npy")
         self.boxes = np.load(folder / f"{split}_boxes.npy")
@@ -111,10 +112,7 @@ class Stored:
 
     def order(self, first: int, count: int, seed: int) -> np.ndarray:
         """Samples first, first + 1, ... of an endless sequence of epochs, each a permutation drawn from (seed, epoch)."""
-        epoch, i = np.divmod(np.arange(first, first + count), self.count)
-        self.epochs = {e: self.epochs[e] if e in self.epochs else np.random.default_rng([seed, e]).permutation(self.count)
-                       for e in np.unique(epoch).tolist()}
-        return np.array([self.epochs[e][j] for e, j in zip(epoch, i)])
+        return self.shuffled.indices(first, count, seed)
 
 
 def boxes_of(masks: np.ndarray) -> np.ndarray:

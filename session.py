@@ -1,0 +1,82 @@
+"""Opening and closing a run: what every training script does before and after the loop of trainer.py.
+
+    config, typed, saved = open_run(Config, sys.argv[1:], __doc__)     # options, and the checkpoint to go on from
+    with compute_for(config, saved) as compute:
+        ...                                                            # data, task, model
+        finish(config, Trainer(config, task, model, compute, saved).run(), compute)
+"""
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoint
+import config as options
+from config import UserError
+from device import Compute
+from trainer import TrainerConfig, check_world
+
+
+def open_run(cls: type, argv: list[str], doc: str) -> tuple[Any, dict, dict | None]:
+    """-> (configuration, options typed in `argv`, checkpoint to go on from or None). Raises UserError.
+
+    Resuming starts from the checkpoint's configuration, and only typed options override it. eval_only reads the best checkpoint.
+    """
+    config, typed = options.parse(cls, argv, doc)
+    folder = Path(config.out_dir)
+    exists = (folder / "ckpt.pt").exists()
+    read = config.init_from == "resume" or (config.init_from == "auto" and exists) or (config.eval_only and config.init_from == "scratch")
+    if not read:
+        if exists and not config.overwrite and not config.eval_only:
+            raise UserError(f"{folder} holds a run: continue it with --init_from=resume, choose another folder with --out_dir=NAME, "
+                            "or replace it with --overwrite")
+        return config, typed, None
+    saved = checkpoint.read(checkpoint.choose(folder, best=config.eval_only))
+    needed = {"config", "model", "step", "task"} | (set() if config.eval_only else {"optimizer", "ranks"})
+    if missing := sorted(needed - set(saved)):
+        raise UserError(f"the checkpoint in {folder} cannot be used: it lacks {', '.join(missing)} (best.pt holds the model alone)")
+    kept = {key: value for key, value in typed.items() if key not in ("init_from", "overwrite")}
+    typed = kept | {"out_dir": config.out_dir, "eval_only": config.eval_only}
+    config = options.resume(cls, saved["config"], typed)
+    old = saved["config"]["batch_size"] * saved["config"]["gradient_accumulation_steps"]
+    if config.global_batch != old and not config.eval_only:
+        raise UserError(f"batch_size x gradient_accumulation_steps = {config.global_batch} cannot change on resume: the run has {old}")
+    announce(config, saved, typed)
+    return config, typed, saved
+
+
+def announce(config: TrainerConfig, saved: dict, typed: dict):
+    """Say where a run goes on, and which of its options were changed."""
+    changed = [f"{key} {saved['config'][key]} -> {value}" for key, value in typed.items()
+               if key not in ("out_dir", "eval_only") and saved["config"].get(key, value) != value]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{config.out_dir}: step {saved['step']} of {config.max_iters}" + (", changed: " + ", ".join(changed) if changed else ""))
+        if saved["step"] >= config.max_iters and not config.eval_only:
+            print("nothing left to train: raise --max_iters to go on")
+
+
+def compute_for(config, saved: dict | None) -> Compute:
+    """The hardware of a run; a resumed one keeps its dtype unless another was typed. Raises UserError for an impossible number of processes."""
+    compute = Compute(config.device, saved["dtype"] if saved and config.dtype == "auto" else config.dtype, config.n_embd)
+    check_world(config, compute)
+    return compute
+
+
+def evaluate_only(config: TrainerConfig, task, model: torch.nn.Module, compute: Compute, saved: dict | None):
+    """Print the evaluation of a checkpoint's model, or of `model` as it is."""
+    if saved:
+        checkpoint.restore_model(model, task, saved, Path(config.out_dir))
+    result = task.evaluate(compute.wrap(model.to(compute.device).eval()), compute)
+    if compute.main:
+        print(f"step {saved['step'] if saved else 0}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+
+
+def finish(config: TrainerConfig, signal_number: int | None, compute: Compute):
+    """Say what happened when a run was stopped, and exit with the shell's code for it."""
+    if signal_number:
+        if compute.main:
+            print(f"stopped by {signal.Signals(signal_number).name}; saved {Path(config.out_dir) / 'ckpt.pt'}. Go on with --init_from=resume")
+        sys.exit(128 + signal_number)
