@@ -173,6 +173,15 @@ def apart(x, mask):
         yield [row[r][None] for row, r in zip(rows, real)]
 
 
+def test_a_classifiers_initialisation_keeps_the_variance():
+    torch.manual_seed(0)
+    model = Classifier(ModelConfig(n_layer=8, n_embd=256, n_inner=500, block_size=200), 500, 10)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            std = 1.0 if name.startswith("w") else p.size(1) ** -0.5 / (math.sqrt(2 * 8) if name.endswith("proj.weight") else 1)
+            assert abs(p.std().item() / std - 1) < 0.05, name
+
+
 @pytest.mark.parametrize("towers", [1, 2])
 @pytest.mark.parametrize("precond", [False, True])
 def test_classifier_is_the_formula(towers, precond):
