@@ -4,6 +4,7 @@
     python bench.py --sizes=gpt2_124m --arms=baseline,precond       # a 124M model takes 5 GB an arm
     python bench.py --sizes=char_gpu --against=../nanoGPT           # side by side, with ratios of time and memory
     python bench.py --sizes=gpt2_124m --arms=baseline --checkpoint_activations --profile
+    python bench.py --sizes=lra_listops --arms=nystrom,nystrom_precond,baseline,explicit     # Long Range Arena's longest common task
 
 Each arm is a process of its own, so that its peak memory is its own; the processes take turns in every round, in changing order, and
 wait while another works. A turn is one training step, or as many as fit into half a second, of trainer.Trainer (batch, forward and
@@ -16,23 +17,27 @@ matrix with N weights takes 2 N a token forward, and 2 N each for the gradients 
 the weights with V: 2 x 2 T C a token and layer forward, three times that in all; that a causal kernel needs only half is not counted, as
 usual. So a step of B T tokens has B T (6 N + 12 n_layer C T) FLOPs: the head is a matrix product and counts, a look-up does not
 (model.flops_per_token).
+
+The arm `explicit` is softmax attention without fused kernels, with its (T, T) matrices in memory.
 """
 import importlib.util
 import multiprocessing
 import os
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Literal
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import config as options
 from config import UserError
 from device import DTYPES, Compute, pick_device, pick_dtype
-from model import GPT, ModelConfig
+from model import GPT, Classifier, ModelConfig
 from sample import generate
 from trainer import Trainer, TrainerConfig
 
@@ -45,21 +50,24 @@ class Size:
     vocab_size: int
     batch_size: int
     sampling: list[tuple[int, int, int]]  # sequences, tokens of the prompt, new tokens
+    classes: int = 0  # of a classifier; 0: a language model
 
 
 SIZES = {
     "default": Size(ModelConfig(), 65, 12, [(1, 1, 63)]),
     "char_gpu": Size(ModelConfig(block_size=256, n_layer=6, n_head=6, n_embd=384), 65, 4, [(1, 1, 255), (8, 1, 255), (1, 200, 50)]),
     "gpt2_124m": Size(ModelConfig(block_size=1024, n_layer=12, n_head=12, n_embd=768), 50257, 4, [(1, 512, 50)]),
+    "lra_listops": Size(ModelConfig(block_size=2000, n_layer=2, n_head=2, n_embd=64, n_inner=128, bias=True, dropout=0.1), 15, 32, [], 10),
 }
-ARMS = {"baseline": {}, "precond": {"precond": True}, "precond_grad": {"precond": True, "precond_grad": True}}
+ARMS = {"baseline": {}, "precond": {"precond": True}, "precond_grad": {"precond": True, "precond_grad": True}, "explicit": {"explicit": True},
+        "nystrom": {"attention": "nystrom"}, "nystrom_precond": {"attention": "nystrom", "precond": True}}
 NANOGPT_VOCABULARY = {50257: 50304}  # what its train.py makes of GPT-2's
 
 
 @dataclass
 class Config:
-    sizes: Annotated[str, "of default, char_gpu, gpt2_124m"] = "default,char_gpu"
-    arms: Annotated[str, "of baseline, precond, precond_grad"] = "baseline,precond,precond_grad"
+    sizes: Annotated[str, f"of {', '.join(SIZES)}"] = "default,char_gpu"
+    arms: Annotated[str, f"of {', '.join(ARMS)}"] = "baseline,precond,precond_grad"
     against: Annotated[str, "folder of a nanoGPT checkout to time beside"] = ""
     rounds: Annotated[int, "turns of every arm"] = 8
     batch_size: Annotated[int, "sequences in a step; 0: the size's own"] = 0
@@ -80,6 +88,11 @@ class Config:
             for word in getattr(self, name).split(","):
                 if word not in known:
                     raise ValueError(f"--{name}={word} is unknown: choose of {','.join(known)}")
+        for name in self.sizes.split(","):
+            if not SIZES[name].classes and "nystrom" in self.arms:
+                raise ValueError(f"--arms={self.arms}: nystrom attention is not causal, so {name} cannot have it")
+            if SIZES[name].classes and self.against:
+                raise ValueError(f"--against={self.against}: nanoGPT has no {name}")
         if self.rounds < 1 or self.batch_size < 0 or self.threads < 0:
             raise ValueError(f"rounds={self.rounds} must be at least 1, batch_size={self.batch_size} and threads={self.threads} "
                              "not negative")
@@ -88,18 +101,22 @@ class Config:
 
 
 class RandomTokens:
-    """A task for the Trainer: uniformly random tokens."""
+    """A task for the Trainer: uniformly random tokens, and labels for a classifier."""
     train_metrics = ("train_loss",)
 
     def __init__(self, size: Size):
         self.tokens = torch.randint(size.vocab_size, (64, size.model.block_size + 1), generator=torch.Generator().manual_seed(0))
+        self.classes = size.classes
 
     def batch(self, first: int, count: int):
         rows = self.tokens[torch.arange(first, first + count) % len(self.tokens)]
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        x = rows[:, :-1].contiguous()
+        if self.classes:
+            return x, torch.ones_like(x, dtype=torch.bool), rows[:, -1] % self.classes
+        return x, rows[:, 1:].contiguous()
 
-    def loss(self, model, x, y):
-        return (model(x, y)[1],)
+    def loss(self, model, *batch):
+        return (model(*batch)[1],)
 
 
 class Ours:
@@ -109,12 +126,16 @@ class Ours:
         self.size, self.compute = size, Compute(config.device, config.dtype, size.model.n_embd)
         settings = {f.name: getattr(config, f.name) for f in fields(TrainerConfig) if hasattr(config, f.name)}
         torch.manual_seed(0)
-        self.model = GPT(replace(size.model, loss=config.loss, **arm), size.vocab_size)
+        arm = dict(arm)
+        self.explicit = arm.pop("explicit", False)
+        model_config = replace(size.model, loss=config.loss, **arm)
+        self.model = Classifier(model_config, size.vocab_size, size.classes) if size.classes else GPT(model_config, size.vocab_size)
         self.trainer = Trainer(TrainerConfig(**settings | {"batch_size": size.batch_size}), RandomTokens(size), self.model, self.compute)
         self.flops_per_token = self.model.flops_per_token()
 
     def step(self):
-        self.trainer.train_step()
+        with sdpa_kernel(SDPBackend.MATH) if self.explicit else nullcontext():
+            self.trainer.train_step()
         self.trainer.step += 1
 
     def prepare_sampling(self):
@@ -280,7 +301,7 @@ def measure(config: Config, name: str) -> dict[str, dict]:
                            "utilisation": flops * tokens / step / peak, "sampling": {}}
         if config.profile:
             print(f"profile: {arms[next(iter(arms))].ask('profile')}.txt and .json")
-        if config.sampling:
+        if config.sampling and size.sampling:
             for process in arms.values():
                 process.ask("prepare_sampling")
             for case in size.sampling:

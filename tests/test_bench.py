@@ -114,6 +114,20 @@ def test_our_arm_takes_the_trainer_s_steps():
     assert arm.model.config.precond and arm.flops_per_token == GPT(size.model, 13).flops_per_token()
 
 
+def test_explicit_attention_and_nystrom_of_a_classifier(monkeypatch):
+    """The same function by other kernels, and a step of each."""
+    used = []
+    monkeypatch.setattr(bench, "sdpa_kernel", lambda kernel: used.append(kernel) or bench.nullcontext())
+    size = bench.Size(ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16), 13, 2, [], classes=3)
+    arms = {name: bench.Ours(bench.Config(device="cpu"), size, bench.ARMS[name]) for name in ("baseline", "explicit", "nystrom_precond")}
+    for arm in arms.values():
+        arm.step()
+    assert used == [bench.SDPBackend.MATH]
+    assert all(torch.equal(p, q) for p, q in zip(arms["baseline"].model.parameters(), arms["explicit"].model.parameters()))
+    config = arms["nystrom_precond"].model.config
+    assert config.attention == "nystrom" and config.precond and arms["baseline"].model.head[-1].out_features == 3
+
+
 def test_an_arm_that_dies_is_one_line(tmp_path, call, monkeypatch):
     (tmp_path / "model.py").write_text("raise SystemExit(3)\n")
     monkeypatch.setitem(bench.SIZES, "default", bench.Size(ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16), 13, 2, []))
@@ -124,6 +138,7 @@ def test_an_arm_that_dies_is_one_line(tmp_path, call, monkeypatch):
     (["--sizes=default,huge"], "--sizes=huge is unknown: choose of default,char_gpu,gpt2_124m"),
     (["--arms=postcond"], "--arms=postcond"),
     (["--against=/nowhere"], "holds no model.py"),
+    (["--sizes=lra_listops,default", "--arms=nystrom"], "not causal, so default cannot have it"),
     (["--rounds=0"], "rounds=0"),
     (["--device=cuda:77"], "--device=cuda:77"),
 ])
