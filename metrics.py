@@ -1,4 +1,5 @@
 """What a run reports: metrics.jsonl (one object a line), the progress bar, TensorBoard, Weights & Biases, and kappa by layer."""
+import contextlib
 import json
 import math
 import os
@@ -70,7 +71,8 @@ class Metrics:
         print(text, flush=True)
 
     def close(self):
-        self.file.close()
+        with contextlib.suppress(OSError):  # a line that `write` could not write, and said so
+            self.file.close()
         for part in (self.bar, self.board):
             if part is not None:
                 part.close()

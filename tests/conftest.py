@@ -90,6 +90,26 @@ def killer(folder: Path, script: str, step: int) -> Path:
     return path
 
 
+def messages(folder: Path, patch: str, *options, processes: int = 2) -> list[str]:
+    """Run train.py under torchrun after the lines `patch`; -> what each rank's UserError says ("" where it had none)."""
+    program = folder / "messages.py"
+    program.write_text(textwrap.dedent(f"""
+        import os, pathlib, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import config, train, trainer
+        rank = os.environ["RANK"]
+    """) + textwrap.dedent(patch) + textwrap.dedent(f"""
+        message = ""
+        try:
+            train.main()
+        except config.UserError as e:
+            message = str(e)
+        pathlib.Path({str(folder)!r}, f"message{{rank}}").write_text(message)
+    """))
+    torchrun(processes, program, *options)
+    return [(folder / f"message{rank}").read_text() for rank in range(processes)]
+
+
 def read_metrics(folder) -> list[dict]:
     """The records of a run without those that measure time or memory."""
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()

@@ -11,7 +11,7 @@ import torch
 import checkpoint
 import train
 import trainer
-from conftest import ROOT, SMALL, error, killer, launch, read_metrics, shell, torchrun
+from conftest import ROOT, SMALL, error, killer, launch, messages, read_metrics, shell, torchrun
 
 RUN = [*SMALL, "--max_iters=30", "--eval_interval=8", "--log_interval=3", "--dropout=0.1", "--gradient_accumulation_steps=2", "--precond=True"]
 
@@ -128,6 +128,18 @@ def test_full_disk_keeps_the_checkpoint(corpus, tmp_path, call, monkeypatch):
     assert "No space left on device; the previous" in message
     assert checkpoint.read(tmp_path / "ckpt.pt")["step"] == 5
     assert call(train, "--init_from=resume", "--max_iters=9", f"--out_dir={tmp_path}")[0] == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, a file on a disk that is always full")
+def test_full_disk_for_metrics_is_the_same_error_on_every_rank(corpus, tmp_path):
+    found = messages(tmp_path, """
+        class Full(trainer.Metrics):
+            def __init__(self, *args):
+                super().__init__(*args)
+                self.file = open("/dev/full", "a")
+        trainer.Metrics = Full
+    """, *SMALL, *corpus, "--max_iters=2", f"--out_dir={tmp_path}")
+    assert found == [f"cannot write {tmp_path / 'metrics.jsonl'}: No space left on device. Make room and use --init_from=resume"] * 2
 
 
 @pytest.mark.parametrize("preset", sorted(p.name for p in (ROOT / "config").glob("*.toml") if not p.name.startswith(("lra_", "vision_"))))
