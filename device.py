@@ -2,6 +2,7 @@
 
 Everything else asks `Compute` and never branches on cuda, mps, cpu or the number of processes.
 """
+import contextlib
 import os
 import resource
 import time
@@ -91,6 +92,18 @@ class Compute:
 
     def autocast(self):
         return autocast(self.device, self.dtype)
+
+    @contextlib.contextmanager
+    def full_precision(self):
+        """A context in which float32 products are float32's: on a GPU they are TF32's otherwise, with 10 bits for the fraction."""
+        matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(matmul)
+            torch.backends.cudnn.allow_tf32 = convolution
 
     def together(self, work, alone: bool):
         """work() where `alone` is true; a UserError or ValueError it raises is raised on every process, so that none waits for another."""

@@ -230,8 +230,9 @@ class Trainer:
         """Before and after C, by layer, in float32, with the uncompiled model; what C would do where the run has none."""
         power = self.config.precond_power
         self.raw.eval()
-        result = layer_kappa(lambda: self.task.probe(self.raw, self.compute),
-                             None if self.config.precond else LEARNED_FROM if power == "learned" else power)
+        with self.compute.full_precision():
+            result = layer_kappa(lambda: self.task.probe(self.raw, self.compute),
+                                 None if self.config.precond else LEARNED_FROM if power == "learned" else power)
         self.raw.train()
         if self.config.precond and power == "learned":
             result["precond_power"] = self.raw.powers()

@@ -83,6 +83,21 @@ def test_a_run_learns_and_records(corpus, tmp_path, call):
     assert code == 0 and f"step {best['best']['step']}: val_loss {best['best']['value']:.4f}" in out
 
 
+def test_kappa_is_measured_in_full_float32(corpus, tmp_path, call, monkeypatch):
+    def precision():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    probe, loss, seen = train.LanguageModelling.probe, train.LanguageModelling.loss, {"probe": set(), "loss": set()}
+    monkeypatch.setattr(train.LanguageModelling, "probe", lambda *args: seen["probe"].add(precision()) or probe(*args))
+    monkeypatch.setattr(train.LanguageModelling, "loss", lambda *args: seen["loss"].add(precision()) or loss(*args))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as on a GPU
+    try:
+        assert call(train, *SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=2")[0] == 0
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == {"probe": {("highest", False)}, "loss": {("high", True)}}
+
+
 def test_evaluation_is_not_training_time(corpus, tmp_path, call, monkeypatch):
     now, evaluate = [0.0], train.LanguageModelling.evaluate
 
