@@ -180,7 +180,7 @@ class Compute:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 2**20
 
     def matmul_peak(self, seconds: float = 0.3) -> float:
-        """FLOP/s of a large matrix product in `dtype`, measured now: the best of what fits into `seconds`."""
+        """FLOP/s of a large matrix product in `dtype`, measured now: the best of what fits into `seconds`. Peak memory counts from here on."""
         n = 8192 if self.device.type == "cuda" else 1024
         a, b = torch.randn(2, n, n, device=self.device, dtype=DTYPES[self.dtype], generator=torch.Generator(self.device).manual_seed(0))
         out, best = torch.empty_like(a), float("inf")
@@ -192,4 +192,7 @@ class Compute:
             torch.mm(a, b, out=out)
             self.synchronize()
             best = min(best, time.perf_counter() - start)
+        if self.device.type == "cuda":  # peak_memory_mb is that of what comes after
+            del a, b, out
+            torch.cuda.reset_peak_memory_stats(self.device)
         return 2 * n**3 / best
