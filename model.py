@@ -33,6 +33,14 @@ class PrecondConfig:
         if self.precond_power != "learned" and not math.isfinite(self.precond_power):
             raise ValueError(f"precond_power={self.precond_power} must be a finite number")
 
+    def describe_precond(self, typed: dict) -> str:
+        """"precond=True" or "precond=False", then those of its options that are typed or set and do nothing because it is off."""
+        idle = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)
+                if f.name.startswith("precond_") and (f.name in typed or getattr(self, f.name) != f.default)]
+        if self.precond or not idle:
+            return f"precond={self.precond}"
+        return f"precond=False ({', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect on training)"
+
 
 @dataclass
 class ModelConfig(PrecondConfig):

@@ -83,6 +83,11 @@ def test_a_run_learns_and_records(corpus, tmp_path, call):
     assert code == 0 and f"step {best['best']['step']}: val_loss {best['best']['value']:.4f}" in out
 
 
+def test_a_baseline_with_the_preconditioner_s_options_says_so(corpus, tmp_path, call):
+    code, out, _ = call(train, *SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=1", "--precond_power=0.5")
+    assert code == 0 and "precond=False (precond_power=0.5 has no effect on training)\n" in out
+
+
 def test_kappa_is_measured_in_full_float32(corpus, tmp_path, call, monkeypatch):
     def precision():
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
