@@ -1,4 +1,5 @@
 """Whole runs of train.py: exact resume, processes, signals, presets, and the mistakes that users make."""
+import contextlib
 import json
 import math
 import os
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 import checkpoint
+import session
 import train
 import trainer
+from config import UserError
 from conftest import ROOT, SMALL, error, killer, launch, messages, read_metrics, shell, torchrun
 
 RUN = [*SMALL, "--max_iters=30", "--eval_interval=8", "--log_interval=3", "--dropout=0.1", "--gradient_accumulation_steps=2", "--precond=True"]
@@ -46,6 +49,30 @@ def test_indivisible_batch_under_torchrun_is_one_line(corpus, tmp_path):
     done = torchrun(2, "train.py", *SMALL, *corpus, "--batch_size=3", f"--out_dir={tmp_path}", check=False)
     assert "train.py: error: batch_size x gradient_accumulation_steps = 3 x 1 = 3 sequences cannot be split over 2 processes" in done.stderr
     assert 'File "' not in done.stderr.split("train.py: error")[0]
+
+
+def test_out_dir_that_only_some_nodes_see_is_the_same_error_on_every_rank(corpus, tmp_path):
+    node = tmp_path / "node0"
+    shell("train.py", *SMALL, *corpus, "--max_iters=2", f"--out_dir={node / 'out'}")
+    found = messages(tmp_path, f"os.makedirs(f'{tmp_path}/node{{rank}}', exist_ok=True); os.chdir(f'{tmp_path}/node{{rank}}')",
+                     "--init_from=resume", "--max_iters=4", "--out_dir=out")
+    assert found == ["out_dir=out must be one folder that all nodes see: rank 0 finds there: step 2; rank 1: no checkpoint out/ckpt.pt: "
+                     "train first, or name the run's folder with --out_dir"] * 2
+
+
+@pytest.mark.parametrize("found, words", [
+    (["step 2", "step 2", "step 4"], "all nodes see: rank 0 finds there: step 2; rank 2: step 4"),
+    (["no run", "step 2"], "rank 0 finds there: no run; rank 1: step 2"),
+    (["lost", "lost"], "^lost$"), (["step 2", "step 2"], None), (["no run"], None),
+])
+def test_every_rank_finds_the_same_run(found, words):
+    class Compute:
+        def gather(self, value):
+            assert value == found[-1]
+            return found
+    saved = {"no run": None, "lost": UserError("lost"), "step 2": {"step": 2}, "step 4": {"step": 4}}[found[-1]]
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        session.agree(train.Config(), saved, Compute())
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
