@@ -212,7 +212,7 @@ def worker(pipe, config: Config, name: str, arm):
         elif command == "peak":
             pipe.send([compute.matmul_peak()])
         elif command == "memory":
-            pipe.send(compute.peak_memory_mb())
+            pipe.send([compute.peak_memory_mb()])
         elif command == "profile":
             pipe.send(profile(runner, Path(config.out_dir) / name))
         elif command == "prepare_sampling":
@@ -291,13 +291,13 @@ def measure(config: Config, name: str) -> dict[str, dict]:
             arms[arm] = Arm(config, name, kind)
         described = {arm: process.ask("describe") for arm, process in arms.items()}
         in_turn(arms, 1, ("train",))  # warm-up
-        seconds, peaks = in_turn(arms, config.rounds, ("train",), ("peak",))
+        seconds, memory, peaks = in_turn(arms, config.rounds, ("train",), ("memory",), ("peak",))
         result, tokens = {}, size.batch_size * size.model.block_size
-        for arm, process in arms.items():
+        for arm in arms:
             dtype, loss, flops = described[arm]
             step, peak = median(seconds[arm]), max(peaks[arm])
             result[arm] = {"dtype": dtype, "loss": loss, "seconds": step, "quartiles": quartiles(seconds[arm]),
-                           "memory": process.ask("memory"), "peak": peak, "tokens_per_s": tokens / step,
+                           "memory": max(memory[arm]), "peak": peak, "tokens_per_s": tokens / step,
                            "utilisation": flops * tokens / step / peak, "sampling": {}}
         if config.profile:
             print(f"profile: {arms[next(iter(arms))].ask('profile')}.txt and .json")

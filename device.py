@@ -2,6 +2,7 @@
 
 Everything else asks `Compute` and never branches on cuda, mps, cpu or the number of processes.
 """
+import contextlib
 import os
 import resource
 import time
@@ -92,6 +93,18 @@ class Compute:
     def autocast(self):
         return autocast(self.device, self.dtype)
 
+    @contextlib.contextmanager
+    def full_precision(self):
+        """A context in which float32 products are float32's: on a GPU they are TF32's otherwise, with 10 bits for the fraction."""
+        matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(matmul)
+            torch.backends.cudnn.allow_tf32 = convolution
+
     def together(self, work, alone: bool):
         """work() where `alone` is true; a UserError or ValueError it raises is raised on every process, so that none waits for another."""
         result, error = None, None
@@ -167,7 +180,7 @@ class Compute:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 2**20
 
     def matmul_peak(self, seconds: float = 0.3) -> float:
-        """FLOP/s of a large matrix product in `dtype`, measured now: the best of what fits into `seconds`."""
+        """FLOP/s of a large matrix product in `dtype`, measured now: the best of what fits into `seconds`. Peak memory counts from here on."""
         n = 8192 if self.device.type == "cuda" else 1024
         a, b = torch.randn(2, n, n, device=self.device, dtype=DTYPES[self.dtype], generator=torch.Generator(self.device).manual_seed(0))
         out, best = torch.empty_like(a), float("inf")
@@ -179,4 +192,7 @@ class Compute:
             torch.mm(a, b, out=out)
             self.synchronize()
             best = min(best, time.perf_counter() - start)
+        if self.device.type == "cuda":  # peak_memory_mb is that of what comes after
+            del a, b, out
+            torch.cuda.reset_peak_memory_stats(self.device)
         return 2 * n**3 / best

@@ -1,4 +1,5 @@
 """What a run reports: metrics.jsonl (one object a line), the progress bar, TensorBoard, Weights & Biases, and kappa by layer."""
+import contextlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int, total: int, tensorboard: bool, wandb: dict | None):
         self.path, self.latest = folder / "metrics.jsonl", {}
-        self.board = open_tensorboard(folder) if tensorboard else None  # what can fail comes before what is lost
+        self.board = open_tensorboard(folder, step + 1) if tensorboard else None  # what can fail comes before what is lost
         self.wandb = open_wandb(wandb) if wandb else None
         self.keep_until(step if step >= 0 else None)
         self.file = open(self.path, "a", encoding="utf-8")
@@ -70,7 +71,8 @@ class Metrics:
         print(text, flush=True)
 
     def close(self):
-        self.file.close()
+        with contextlib.suppress(OSError):  # a line that `write` could not write, and said so
+            self.file.close()
         for part in (self.bar, self.board):
             if part is not None:
                 part.close()
@@ -92,12 +94,13 @@ def summary(record: dict, terse: bool = False) -> str:
     return ", ".join(parts)
 
 
-def open_tensorboard(folder: Path):
+def open_tensorboard(folder: Path, first: int):
+    """A writer of the steps from `first` on; TensorBoard hides those that are there already."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs the tensorboard package: pip install -r requirements-extra.txt") from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=first)
 
 
 def open_wandb(settings: dict):

@@ -17,8 +17,33 @@ import attention
 import fast
 from precond import LEARNED_FROM, precondition
 
+
 @dataclass
-class ModelConfig:
+class PrecondConfig:
+    """How attention is preconditioned, in every model."""
+    precond: Annotated[bool, "precondition each head's output: row i times ||A_i||^-precond_power"] = False
+    precond_grad: Annotated[bool, "let the gradient flow through the norms (the paper: no)"] = False
+    precond_eps: Annotated[float, "added to the norms"] = 1e-8
+    precond_power: Annotated[float | Literal["learned"], "1: the paper's; 0: plain attention; 0.5: half-way; learned: one a head, from "
+                                                         "0.5"] = 1.0
+
+    def __post_init__(self):
+        if not self.precond_eps >= 0:
+            raise ValueError(f"precond_eps={self.precond_eps} must not be negative")
+        if self.precond_power != "learned" and not math.isfinite(self.precond_power):
+            raise ValueError(f"precond_power={self.precond_power} must be a finite number")
+
+    def describe_precond(self, typed: dict) -> str:
+        """"precond=True" or "precond=False", then those of its options that are typed or set and do nothing because it is off."""
+        idle = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)
+                if f.name.startswith("precond_") and (f.name in typed or getattr(self, f.name) != f.default)]
+        if self.precond or not idle:
+            return f"precond={self.precond}"
+        return f"precond=False ({', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect on training)"
+
+
+@dataclass
+class ModelConfig(PrecondConfig):
     """What fixes a model but its vocabulary. "fixed": cannot change when a run is resumed."""
     block_size: Annotated[int, "context length in tokens", "fixed"] = 64
     n_layer: Annotated[int, "number of blocks", "fixed"] = 4
@@ -30,11 +55,6 @@ class ModelConfig:
     attention: Annotated[Literal["softmax", "nystrom", "linear"], "attention mechanism; nystrom is for encoders", "fixed"] = "softmax"
     landmarks: Annotated[int, "landmarks of nystrom attention", "fixed"] = 64
     conv_kernel_size: Annotated[int, "tokens under nystrom's convolution skip, an odd number; 0: no skip", "fixed"] = 35
-    precond: Annotated[bool, "precondition each head's output: row i times ||A_i||^-precond_power"] = False
-    precond_grad: Annotated[bool, "let the gradient flow through the norms (the paper: no)"] = False
-    precond_eps: Annotated[float, "added to the norms"] = 1e-8
-    precond_power: Annotated[float | Literal["learned"], "1: the paper's; 0: plain attention; 0.5: half-way; learned: one a head, from "
-                                                         "0.5"] = 1.0
     precond_skip: Annotated[Literal["before", "after"], "precondition the attention product before or after nystrom's convolution skip "
                                                         "is added to it"] = "before"
     loss: Annotated[Literal["auto", "plain", "chunked"], "cross entropy of a language model; chunked: without the logits of all tokens in "
@@ -42,6 +62,7 @@ class ModelConfig:
     checkpoint_activations: Annotated[bool, "compute each block again in the backward pass instead of keeping its activations"] = False
 
     def __post_init__(self):
+        PrecondConfig.__post_init__(self)
         for name in ("block_size", "n_layer", "n_head", "n_embd", "landmarks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -49,10 +70,8 @@ class ModelConfig:
             raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}: choose a divisor of {self.n_embd}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
-        if self.n_inner < 0 or not self.precond_eps >= 0:
-            raise ValueError(f"n_inner={self.n_inner} and precond_eps={self.precond_eps} must not be negative")
-        if self.precond_power != "learned" and not math.isfinite(self.precond_power):
-            raise ValueError(f"precond_power={self.precond_power} must be a finite number, or learned")
+        if self.n_inner < 0:
+            raise ValueError(f"n_inner={self.n_inner} must not be negative")
         if self.conv_kernel_size < 0 or self.conv_kernel_size and self.conv_kernel_size % 2 == 0:
             raise ValueError(f"conv_kernel_size={self.conv_kernel_size} must be odd, or 0 for no convolution skip")
 

@@ -5,6 +5,7 @@
         ...                                                            # data, task, model
         finish(config, Trainer(config, task, model, compute, saved).run(), compute)
 """
+import contextlib
 import os
 import signal
 import sys
@@ -20,12 +21,24 @@ from device import Compute
 from trainer import TrainerConfig, check_world
 
 
-def open_run(cls: type, argv: list[str], doc: str) -> tuple[Any, dict, dict | None]:
-    """-> (configuration, options typed in `argv`, checkpoint to go on from or None). Raises UserError.
+def open_run(cls: type, argv: list[str], doc: str) -> tuple[Any, dict, dict | UserError | None]:
+    """-> (configuration, options typed in `argv`, checkpoint to go on from or None). Raises UserError for impossible options.
+
+    Where the folder's run cannot be used, the UserError that says so stands for the checkpoint: compute_for raises it, when all processes
+    are there to hear it.
+    """
+    config, typed = options.parse(cls, argv, doc)
+    try:
+        return find_run(config, typed)
+    except UserError as e:
+        return config, typed, e
+
+
+def find_run(config: TrainerConfig, typed: dict) -> tuple[Any, dict, dict | None]:
+    """`open_run` of parsed options. Raises UserError.
 
     Resuming starts from the checkpoint's configuration, and only typed options override it. eval_only reads the best checkpoint.
     """
-    config, typed = options.parse(cls, argv, doc)
     folder = Path(config.out_dir)
     exists = (folder / "ckpt.pt").exists()
     read = config.init_from == "resume" or (config.init_from == "auto" and exists) or (config.eval_only and config.init_from == "scratch")
@@ -40,7 +53,7 @@ def open_run(cls: type, argv: list[str], doc: str) -> tuple[Any, dict, dict | No
         raise UserError(f"the checkpoint in {folder} cannot be used: it lacks {', '.join(missing)} (best.pt holds the model alone)")
     kept = {key: value for key, value in typed.items() if key not in ("init_from", "overwrite")}
     typed = kept | {"out_dir": config.out_dir, "eval_only": config.eval_only}
-    config = options.resume(cls, saved["config"], typed)
+    config = options.resume(type(config), saved["config"], typed)
     old = saved["config"]["batch_size"] * saved["config"]["gradient_accumulation_steps"]
     if config.global_batch != old and not config.eval_only:
         raise UserError(f"batch_size x gradient_accumulation_steps = {config.global_batch} cannot change on resume: the run has {old}")
@@ -58,11 +71,26 @@ def announce(config: TrainerConfig, saved: dict, typed: dict):
             print("nothing left to train: raise --max_iters to go on")
 
 
-def compute_for(config, saved: dict | None) -> Compute:
-    """The hardware of a run; a resumed one keeps its dtype unless another was typed. Raises UserError for an impossible number of processes."""
-    compute = Compute(config.device, saved["dtype"] if saved and config.dtype == "auto" else config.dtype, config.n_embd)
-    check_world(config, compute)
-    return compute
+@contextlib.contextmanager
+def compute_for(config, saved: dict | UserError | None):
+    """The hardware of a run; a resumed one keeps its dtype unless another was typed. Raises UserError, on all processes, where one of them
+    could not open the run or they see different ones, and for an impossible number of processes."""
+    dtype = saved["dtype"] if isinstance(saved, dict) and config.dtype == "auto" else config.dtype
+    with Compute(config.device, dtype, config.n_embd) as compute:
+        agree(config, saved, compute)
+        check_world(config, compute)
+        yield compute
+
+
+def agree(config, saved: dict | UserError | None, compute: Compute):
+    """Raises UserError on all processes where they did not find the same run, or none could use what is there."""
+    found = compute.gather(f"step {saved['step']}" if isinstance(saved, dict) else str(saved or "no run"))
+    for rank, what in enumerate(found):
+        if what != found[0]:
+            raise UserError(f"out_dir={config.out_dir} must be one folder that all nodes see: "
+                            f"rank 0 finds there: {found[0]}; rank {rank}: {what}")
+    if isinstance(saved, UserError):
+        raise saved
 
 
 def evaluate_only(config: TrainerConfig, task, model: torch.nn.Module, compute: Compute, saved: dict | None):

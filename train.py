@@ -108,7 +108,7 @@ def main():
         if compute.main:
             print(f"data: {folder}, {len(task.blocks.tokens):,} training and {len(task.val):,} validation tokens, "
                   f"vocabulary {task.meta['vocab_size']:,}\nmodel: {model.n_parameters():,} parameters, block_size={config.block_size}, "
-                  f"precond={config.precond}\ncompute: {compute.describe()}", flush=True)
+                  f"{config.describe_precond(typed)}\ncompute: {compute.describe()}", flush=True)
         if config.eval_only:
             session.evaluate_only(config, task, model, compute, saved)
             return

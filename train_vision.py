@@ -174,7 +174,7 @@ def preset_of_task(argv: list[str]) -> list[str]:
 
 
 def main():
-    config, _, saved = session.open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
+    config, typed, saved = session.open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
     with session.compute_for(config, saved) as compute:
         task = compute.once_per_node(lambda: VisionTask(config))
         torch.manual_seed(config.seed)
@@ -182,7 +182,7 @@ def main():
         if compute.main:
             print(f"data: {config.source or 'generated shapes'}, {len(task.data.val):,} validation images, "
                   f"{len(task.data.classes)} classes\n"
-                  f"model: {type(model.network).__name__}, {model.n_parameters():,} parameters, precond={config.precond}\n"
+                  f"model: {type(model.network).__name__}, {model.n_parameters():,} parameters, {config.describe_precond(typed)}\n"
                   f"compute: {compute.describe()}", flush=True)
         if config.eval_only:
             session.evaluate_only(config, task, model, compute, saved)

@@ -230,8 +230,9 @@ class Trainer:
         """Before and after C, by layer, in float32, with the uncompiled model; what C would do where the run has none."""
         power = self.config.precond_power
         self.raw.eval()
-        result = layer_kappa(lambda: self.task.probe(self.raw, self.compute),
-                             None if self.config.precond else LEARNED_FROM if power == "learned" else power)
+        with self.compute.full_precision():
+            result = layer_kappa(lambda: self.task.probe(self.raw, self.compute),
+                                 None if self.config.precond else LEARNED_FROM if power == "learned" else power)
         self.raw.train()
         if self.config.precond and power == "learned":
             result["precond_power"] = self.raw.powers()
@@ -250,9 +251,9 @@ class Trainer:
                 "grad_norm": means[-1], "learning_rate": learning_rate(self.config, self.step - 1), "tokens": self.tokens,
                 "tokens_per_s": tokens / seconds, "ms_per_step": 1e3 * seconds / steps,
                 "mfu": self.raw.flops_per_token() * tokens / seconds / (self.peak_flops * self.compute.world)}
-        if self.metrics:
-            self.metrics.write({"step": self.step} | trained | record | {
-                "elapsed_s": self.train_seconds, "peak_memory_mb": self.compute.peak_memory_mb()})
+        line = {"step": self.step} | trained | record | {
+            "elapsed_s": self.train_seconds, "peak_memory_mb": self.compute.peak_memory_mb()}
+        self.compute.together(lambda: self.metrics.write(line), alone=self.compute.main)
         self.sums.zero_()
         self.interval = {"steps": 0, "seconds": 0.0, "tokens": 0}
         self.clock = time.perf_counter()

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 import precond
 from config import UserError
 from data import coco
+from model import PrecondConfig
 
 TASKS = ("classify", "detect", "segment")
 
 
 @dataclass
-class VisionConfig:
+class VisionConfig(PrecondConfig):
     """What fixes a model but its classes. "fixed": cannot change when a run is resumed."""
     task: Annotated[Literal[TASKS], "classify: ViT; detect: YOLOS, boxes; segment: EoMT, instance masks", "fixed"] = "detect"
     image_size: Annotated[int, "side of an image in pixels; others are resized to it", "fixed"] = 64
@@ -34,12 +35,10 @@ class VisionConfig:
     query_blocks: Annotated[int, "segment: the last blocks, which have the queries", "fixed"] = 1
     upscale_blocks: Annotated[int, "segment: each doubles the masks' resolution, from one value a patch", "fixed"] = 1
     mask_points: Annotated[int, "segment: points of each mask that the loss looks at"] = 256
-    precond: Annotated[bool, "precondition each head's output: row i times ||A_i||^-precond_power"] = False
-    precond_grad: Annotated[bool, "let the gradient flow through the norms (the paper: no)"] = False
-    precond_eps: Annotated[float, "added to the norms"] = 1e-8
     precond_power: Annotated[float, "1: the paper's; 0: plain attention; 0.5: half-way"] = 1.0
 
     def __post_init__(self):
+        PrecondConfig.__post_init__(self)
         for name in ("image_size", "patch_size", "n_layer", "n_head", "n_embd", "queries", "query_blocks", "mask_points"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

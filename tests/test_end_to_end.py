@@ -1,4 +1,5 @@
 """Whole runs of train.py: exact resume, processes, signals, presets, and the mistakes that users make."""
+import contextlib
 import json
 import math
 import os
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 import checkpoint
+import session
 import train
 import trainer
-from conftest import ROOT, SMALL, error, killer, launch, read_metrics, shell, torchrun
+from config import UserError
+from conftest import ROOT, SMALL, error, killer, launch, messages, read_metrics, shell, torchrun
 
 RUN = [*SMALL, "--max_iters=30", "--eval_interval=8", "--log_interval=3", "--dropout=0.1", "--gradient_accumulation_steps=2", "--precond=True"]
 
@@ -48,6 +51,30 @@ def test_indivisible_batch_under_torchrun_is_one_line(corpus, tmp_path):
     assert 'File "' not in done.stderr.split("train.py: error")[0]
 
 
+def test_out_dir_that_only_some_nodes_see_is_the_same_error_on_every_rank(corpus, tmp_path):
+    node = tmp_path / "node0"
+    shell("train.py", *SMALL, *corpus, "--max_iters=2", f"--out_dir={node / 'out'}")
+    found = messages(tmp_path, f"os.makedirs(f'{tmp_path}/node{{rank}}', exist_ok=True); os.chdir(f'{tmp_path}/node{{rank}}')",
+                     "--init_from=resume", "--max_iters=4", "--out_dir=out")
+    assert found == ["out_dir=out must be one folder that all nodes see: rank 0 finds there: step 2; rank 1: no checkpoint out/ckpt.pt: "
+                     "train first, or name the run's folder with --out_dir"] * 2
+
+
+@pytest.mark.parametrize("found, words", [
+    (["step 2", "step 2", "step 4"], "all nodes see: rank 0 finds there: step 2; rank 2: step 4"),
+    (["no run", "step 2"], "rank 0 finds there: no run; rank 1: step 2"),
+    (["lost", "lost"], "^lost$"), (["step 2", "step 2"], None), (["no run"], None),
+])
+def test_every_rank_finds_the_same_run(found, words):
+    class Compute:
+        def gather(self, value):
+            assert value == found[-1]
+            return found
+    saved = {"no run": None, "lost": UserError("lost"), "step 2": {"step": 2}, "step 4": {"step": 4}}[found[-1]]
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        session.agree(train.Config(), saved, Compute())
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_finishes_the_step_saves_and_exits(number, code, corpus, tmp_path, call, monkeypatch):
     assert call(train, *RUN, *corpus, f"--out_dir={tmp_path / 'whole'}")[0] == 0
@@ -81,6 +108,26 @@ def test_a_run_learns_and_records(corpus, tmp_path, call):
     # a shorter look at the same checkpoint
     code, out, _ = call(train, "--eval_only", f"--out_dir={tmp_path}")
     assert code == 0 and f"step {best['best']['step']}: val_loss {best['best']['value']:.4f}" in out
+
+
+def test_a_baseline_with_the_preconditioner_s_options_says_so(corpus, tmp_path, call):
+    code, out, _ = call(train, *SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=1", "--precond_power=0.5")
+    assert code == 0 and "precond=False (precond_power=0.5 has no effect on training)\n" in out
+
+
+def test_kappa_is_measured_in_full_float32(corpus, tmp_path, call, monkeypatch):
+    def precision():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    probe, loss, seen = train.LanguageModelling.probe, train.LanguageModelling.loss, {"probe": set(), "loss": set()}
+    monkeypatch.setattr(train.LanguageModelling, "probe", lambda *args: seen["probe"].add(precision()) or probe(*args))
+    monkeypatch.setattr(train.LanguageModelling, "loss", lambda *args: seen["loss"].add(precision()) or loss(*args))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as on a GPU
+    try:
+        assert call(train, *SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=2")[0] == 0
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == {"probe": {("highest", False)}, "loss": {("high", True)}}
 
 
 def test_evaluation_is_not_training_time(corpus, tmp_path, call, monkeypatch):
@@ -128,6 +175,18 @@ def test_full_disk_keeps_the_checkpoint(corpus, tmp_path, call, monkeypatch):
     assert "No space left on device; the previous" in message
     assert checkpoint.read(tmp_path / "ckpt.pt")["step"] == 5
     assert call(train, "--init_from=resume", "--max_iters=9", f"--out_dir={tmp_path}")[0] == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, a file on a disk that is always full")
+def test_full_disk_for_metrics_is_the_same_error_on_every_rank(corpus, tmp_path):
+    found = messages(tmp_path, """
+        class Full(trainer.Metrics):
+            def __init__(self, *args):
+                super().__init__(*args)
+                self.file = open("/dev/full", "a")
+        trainer.Metrics = Full
+    """, *SMALL, *corpus, "--max_iters=2", f"--out_dir={tmp_path}")
+    assert found == [f"cannot write {tmp_path / 'metrics.jsonl'}: No space left on device. Make room and use --init_from=resume"] * 2
 
 
 @pytest.mark.parametrize("preset", sorted(p.name for p in (ROOT / "config").glob("*.toml") if not p.name.startswith(("lra_", "vision_"))))

@@ -224,6 +224,9 @@ def test_presets_are_complete():
     (["segment", "--query_blocks=3"], "query_blocks=3 must not exceed n_layer=2"),
     (["detect", "--source=nothere"], "nothere: there is nothing of that name"),
     (["detect", "--learning_rate=1e30", "--warmup_iters=0", "--max_iters=4", "--grad_clip=0"], "the loss is not finite"),
+    (["detect", "--precond_eps=-1"], "precond_eps=-1.0 must not be negative"),
+    (["detect", "--precond=True", "--precond_power=inf"], "precond_power=inf must be a finite number"),
+    (["detect", "--precond=True", "--precond_power=learned"], "--precond_power='learned' is not of type float"),
     (["classify", "--precond_powr=1"], "did you mean --precond_power?"),
 ])
 def test_mistakes(arguments, words, tmp_path, call):

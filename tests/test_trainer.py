@@ -6,7 +6,7 @@ import torch
 
 import device
 from config import UserError
-from metrics import layer_kappa
+from metrics import Metrics, layer_kappa
 from model import GPT, ModelConfig
 from precond import condition_number, precondition
 from trainer import TrainerConfig, learning_rate, make_optimizer
@@ -66,6 +66,21 @@ def test_dtypes(monkeypatch):
         assert device.pick_dtype("auto", cpu, device.BF16_WIDTH - 1) == "float32"
     with pytest.raises(UserError, match="float16 is for GPUs"):
         device.pick_dtype("float16", cpu, 512)
+
+
+def test_tensorboard_goes_on_where_the_checkpoint_is(tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install -r requirements-extra.txt")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def write(start, *steps):
+        metrics = Metrics(tmp_path, start, 9, tensorboard=True, wandb=None)
+        for step in steps:
+            metrics.write({"step": step, "train_loss": 1.0})
+        metrics.close()
+        return [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("train_loss")]
+    assert write(-1, 0, 2, 4, 6) == [0, 2, 4, 6]
+    assert write(4, 6, 8) == [0, 2, 4, 6, 8]
+    assert write(-1, 0, 3) == [0, 3]  # another run in the place of this one
 
 
 def test_kappa_is_the_median_over_heads_and_samples_of_real_rows():
