@@ -58,21 +58,21 @@ class ModelConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, allocated once: (n_layer, B, n_head, block_size, head_dim) each.
+    """Keys and values of the tokens seen so far, allocated once: for each layer (2, B, n_head, block_size, head_dim).
 
     `padding` (B,): how many of the first tokens of each sequence are none of its own, so that prompts of different length end together.
     """
 
     def __init__(self, config: ModelConfig, batch: int, device=None, dtype=torch.float32, padding: torch.Tensor | None = None):
-        shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k, self.v = torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
+        shape = (2, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.kv = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length, self.padding = 0, padding
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k, v (B, n_head, T, head_dim) behind the tokens seen; return all keys and values of the layer."""
-        end = self.length + k.size(-2)
-        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def append(self, layer: int, kv: torch.Tensor) -> torch.Tensor:
+        """Store keys and values (2, B, n_head, T, head_dim) behind those of the tokens seen; return all of the layer."""
+        T = kv.size(-2)
+        self.kv[layer].narrow(-2, self.length, T).copy_(kv)
+        return self.kv[layer].narrow(-2, 0, self.length + T)
 
 
 class Attention(nn.Module):
@@ -95,9 +95,8 @@ class Attention(nn.Module):
 
     def forward(self, x, mask=None, cache: KVCache | None = None):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_dim)
+        q, k, v = qkv if cache is None else (qkv[0], *cache.append(self.layer, qkv[1:]))
         a = self.mechanism(q, k, v, mask, is_causal=self.causal and T > 1, dropout_p=self.dropout if self.training else 0.0)
         if self.skip is not None:
             skip = self.skip(v if mask is None else v * mask[:, None, :, None])
