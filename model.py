@@ -194,6 +194,7 @@ class GPT(Transformer):
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__(config, vocab_size, causal=True)
+        self.head = None  # the embedding in another form, from fast.pack
         self.init_weights(std=0.02)  # GPT-2's
 
     @classmethod
@@ -219,7 +220,7 @@ class GPT(Transformer):
         x = self.ln_f(x)
         if targets is not None and self.loss == "chunked":
             return None, fast.head_loss(x, self.wte.weight, targets)
-        logits = F.linear(x, self.wte.weight)
+        logits = F.linear(x, self.wte.weight) if self.head is None else self.head(x)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=fast.IGNORED)

@@ -17,6 +17,7 @@ import torch
 
 import checkpoint
 import config as options
+import fast
 from config import UserError
 from data import text
 from device import DTYPES, Compute
@@ -149,7 +150,7 @@ def main():
     tokenizer = text.load_tokenizer(saved["task"]["tokenizer"])
     prompts = [prompt for prompt in read_prompts(config.start) for _ in range(config.num_samples)]
     with Compute(config.device, config.dtype, saved["config"]["n_embd"]) as compute:
-        model = GPT.from_checkpoint(saved).to(compute.device, DTYPES[compute.dtype])  # without gradients the weights are cast once
+        model = fast.for_sampling(GPT.from_checkpoint(saved), compute.device, DTYPES[compute.dtype])
         generator = torch.Generator(compute.device).manual_seed(config.seed)
         batch, padding = stack([tokenizer.encode(prompt) for prompt in prompts], compute.device)
         writers = [Writer(tokenizer, config.stop.replace("\\n", "\n")) for _ in prompts]
