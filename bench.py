@@ -35,6 +35,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import config as options
+import fast
 from config import UserError
 from device import DTYPES, Compute, pick_device, pick_dtype
 from model import GPT, Classifier, ModelConfig
@@ -140,7 +141,7 @@ class Ours:
 
     def prepare_sampling(self):
         del self.trainer
-        self.model.requires_grad_(False).eval().to(DTYPES[self.compute.dtype])
+        fast.for_sampling(self.model.requires_grad_(False).eval(), self.compute.device, DTYPES[self.compute.dtype])
 
     def sample(self, prompt: torch.Tensor, new_tokens: int):
         for _ in generate(self.model, prompt, new_tokens, top_k=200):

@@ -77,21 +77,21 @@ class ModelConfig(PrecondConfig):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, allocated once: (n_layer, B, n_head, block_size, head_dim) each.
+    """Keys and values of the tokens seen so far, allocated once: for each layer (2, B, n_head, block_size, head_dim).
 
     `padding` (B,): how many of the first tokens of each sequence are none of its own, so that prompts of different length end together.
     """
 
     def __init__(self, config: ModelConfig, batch: int, device=None, dtype=torch.float32, padding: torch.Tensor | None = None):
-        shape = (config.n_layer, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k, self.v = torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
+        shape = (2, batch, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.kv = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.length, self.padding = 0, padding
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k, v (B, n_head, T, head_dim) behind the tokens seen; return all keys and values of the layer."""
-        end = self.length + k.size(-2)
-        self.k[layer, :, :, self.length:end], self.v[layer, :, :, self.length:end] = k, v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def append(self, layer: int, kv: torch.Tensor) -> torch.Tensor:
+        """Store keys and values (2, B, n_head, T, head_dim) behind those of the tokens seen; return all of the layer."""
+        T = kv.size(-2)
+        self.kv[layer].narrow(-2, self.length, T).copy_(kv)
+        return self.kv[layer].narrow(-2, 0, self.length + T)
 
 
 class Attention(nn.Module):
@@ -114,9 +114,8 @@ class Attention(nn.Module):
 
     def forward(self, x, mask=None, cache: KVCache | None = None):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, n_head, T, head_dim)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_dim)
+        q, k, v = qkv if cache is None else (qkv[0], *cache.append(self.layer, qkv[1:]))
         a = self.mechanism(q, k, v, mask, is_causal=self.causal and T > 1, dropout_p=self.dropout if self.training else 0.0)
         if self.skip is not None:
             skip = self.skip(v if mask is None else v * mask[:, None, :, None])
@@ -214,6 +213,7 @@ class GPT(Transformer):
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__(config, vocab_size, causal=True)
+        self.head = None  # the embedding in another form, from fast.pack
         self.init_weights(std=0.02)  # GPT-2's
 
     @classmethod
@@ -239,7 +239,7 @@ class GPT(Transformer):
         x = self.ln_f(x)
         if targets is not None and self.loss == "chunked":
             return None, fast.head_loss(x, self.wte.weight, targets)
-        logits = F.linear(x, self.wte.weight)
+        logits = F.linear(x, self.wte.weight) if self.head is None else self.head(x)
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=fast.IGNORED)

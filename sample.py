@@ -17,6 +17,7 @@ import torch
 
 import checkpoint
 import config as options
+import fast
 from config import UserError
 from data import text
 from device import DTYPES, Compute
@@ -45,7 +46,7 @@ class Config:
             raise ValueError(f"temperature={self.temperature} and top_k={self.top_k} must not be negative, top_p={self.top_p} in (0, 1]")
 
 
-@torch.no_grad()
+@torch.inference_mode()  # cheaper operator calls than no_grad: most of a small model's time
 def generate(model: GPT, prompt: torch.Tensor, max_new_tokens: int, *, padding: torch.Tensor | None = None, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Iterator[torch.Tensor]:
     """Yield the next token of each sequence, (B,), max_new_tokens times, after `prompt` (B, T).
@@ -86,14 +87,15 @@ def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, g
     """Draw a token from each row of logits (B, V) -> (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits, tokens = logits / temperature, None
     if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        logits, tokens = logits.topk(top_k)  # (B, top_k): a draw among all of a large vocabulary needs a random number for each word
     if top_p < 1:
         ordered, index = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         excess = ordered.cumsum(dim=-1) - ordered >= top_p  # the tokens before this one suffice
         logits = logits.masked_fill(torch.zeros_like(excess).scatter(-1, index, excess), -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+    return (drawn if tokens is None else tokens.gather(-1, drawn))[:, 0]
 
 
 class Writer:
@@ -148,7 +150,7 @@ def main():
     tokenizer = text.load_tokenizer(saved["task"]["tokenizer"])
     prompts = [prompt for prompt in read_prompts(config.start) for _ in range(config.num_samples)]
     with Compute(config.device, config.dtype, saved["config"]["n_embd"]) as compute:
-        model = GPT.from_checkpoint(saved).to(compute.device, DTYPES[compute.dtype])  # without gradients the weights are cast once
+        model = fast.for_sampling(GPT.from_checkpoint(saved), compute.device, DTYPES[compute.dtype])
         generator = torch.Generator(compute.device).manual_seed(config.seed)
         batch, padding = stack([tokenizer.encode(prompt) for prompt in prompts], compute.device)
         writers = [Writer(tokenizer, config.stop.replace("\\n", "\n")) for _ in prompts]

@@ -45,6 +45,7 @@ def test_choose_follows_the_distribution():
     torch.testing.assert_close(draw(top_k=2), two, rtol=0, atol=0.015)
     torch.testing.assert_close(draw(top_p=float(p[0] + p[1]) - 0.01), two, rtol=0, atol=0.015)  # 1 alone has too little
     assert draw(top_p=float(p[1]) - 0.01)[1] == 1
+    torch.testing.assert_close(draw(top_k=3, top_p=float(p[0] + p[1])), two, rtol=0, atol=0.015)  # of three the two hold more
     assert draw(temperature=0)[1] == 1
 
 
