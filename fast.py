@@ -82,7 +82,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def for_sampling(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model for sample.generate, changed in place: on `device`, its weights cast to `dtype` once, or packed in half precision on a CPU."""
+    """The model for sample.generate, changed in place: on `device`, its weights cast to `dtype` once or, on a CPU, packed (see Packed)."""
     packs = torch.backends.quantized.engine in ("x86", "fbgemm")  # where PyTorch has the kernel: not on ARM
     return pack(model, dtype) if device.type == "cpu" and dtype != torch.float32 and packs else model.to(device, dtype)
 
