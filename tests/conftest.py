@@ -107,12 +107,13 @@ def messages(folder: Path, patch: str, *options, processes: int = 2) -> list[str
         import config, train, trainer
         rank = os.environ["RANK"]
     """) + textwrap.dedent(patch) + textwrap.dedent(f"""
-        message = ""
+        error = ""
         try:
             train.main()
         except config.UserError as e:
-            message = str(e)
-        pathlib.Path({str(folder)!r}, f"message{{rank}}").write_text(message)
+            error = e  # kept, with the model: freeing it waits, with the GIL, for gloo's threads, which may want the GIL
+        pathlib.Path({str(folder)!r}, f"message{{rank}}").write_text(str(error))
+        os._exit(0)
     """))
     torchrun(processes, program, *options)
     return [(folder / f"message{rank}").read_text() for rank in range(processes)]
