@@ -24,6 +24,10 @@ def run(main, *errors: type[Exception]):
     except (UserError, *errors) as e:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+        if "RANK" in os.environ:  # freeing a DDP model waits, with the GIL, for gloo's threads, which after an error may want the GIL
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -24,6 +24,7 @@ import checkpoint
 import config as options
 import train
 import train_lra
+import train_vision
 from config import UserError
 from curves import DATA, METRICS, Groups, Run, group, identity, series
 from data import text
@@ -279,8 +280,8 @@ def training(groups: Groups, x: str):
 def load(run: Run):
     """-> (model of the best or else the latest checkpoint, in evaluation mode, on the CPU; task with the run's data; configuration).
 
-    Nothing is prepared or downloaded: the data is the folder of data_dir that the checkpoint was trained on. Raises DataError where
-    that or the checkpoint is gone.
+    Text and sequences are not prepared or downloaded: their data is the folder of data_dir that the checkpoint was trained on. Raises
+    DataError where the data or the checkpoint is gone.
     """
     path = checkpoint.choose(run.folder, best=True)
     if not path.exists():
@@ -288,8 +289,12 @@ def load(run: Run):
     saved = checkpoint.read(path)
     if not {"config", "model", "task"} <= set(saved):
         raise UserError(f"{path} was not written by this project")
-    if saved["config"].get("task", "listops") not in train_lra.TASKS:
-        raise text.DataError(f"{run.folder} holds a run of another script than train.py and train_lra.py")
+    if saved["config"].get("task") in train_vision.TASKS:
+        config = options.resume(train_vision.Config, saved["config"], {})
+        task = train_vision.VisionTask(config)
+        model = train_vision.Vision(config, len(task.data.classes)).eval()
+        checkpoint.restore_model(model, task, saved, run.folder)
+        return model, task, config
     script = train_lra if "task" in saved["config"] else train
     config = options.resume(script.Config, saved["config"], {})
     for meta_file in sorted(Path(config.data_dir).glob("*/meta.json")):

@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib", reason="pip install -r requirements-extra.txt"
 import plot  # noqa: E402
 import train  # noqa: E402
 import train_lra  # noqa: E402
+import train_vision  # noqa: E402
 from config import UserError  # noqa: E402
 from conftest import SMALL, error  # noqa: E402
 from data.text import DataError  # noqa: E402
@@ -201,6 +202,20 @@ def test_spectrum_agrees_with_the_kappa_that_training_measured(lm, layer):
     for ax, values in zip(figure.axes, found.values(), strict=True):
         for drawn, (s, _) in zip(ax.lines, values, strict=True):
             assert np.allclose(drawn.get_ydata(), np.median(s, axis=0))
+
+
+@pytest.mark.parametrize("task", ["classify", "detect", "segment"])
+def test_spectrum_of_a_vision_run_agrees_with_its_kappa(task, tmp_path):
+    for package in ("transformers", "scipy", "pycocotools"):
+        pytest.importorskip(package, reason="pip install -r requirements-extra.txt")
+    teach(train_vision, task, "--device=cpu", "--precond=True", "--n_layer=2", "--n_head=2", "--n_embd=16", "--image_size=32",
+          "--batch_size=4", "--queries=6", "--mask_points=32", "--n_val=8", "--eval_iters=1", "--max_iters=4", "--eval_interval=2", "--log_interval=1", f"--out_dir={tmp_path / 'run'}")
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["step"]
+    written = next(r for r in records(tmp_path / "run") if r["step"] == best and "val_loss" in r)
+    values = plot.spectra(read({"run": [tmp_path / "run"]}), 1)["run"]
+    for (s, median), name in zip(values, ("kappa_before", "kappa_after"), strict=True):
+        assert median == pytest.approx(written[name][1], rel=1e-4)
+    assert len(plot.draw({"run": [tmp_path / "run"]}, tmp_path / "figures")) == 8
 
 
 def test_spectrum_leaves_padding_out(lra):
