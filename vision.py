@@ -74,7 +74,8 @@ def make_network(config: VisionConfig, n_classes: int) -> nn.Module:
     elif config.task == "detect":
         cls, settings = transformers.YolosForObjectDetection, transformers.YolosConfig(
             **shape, image_size=square, intermediate_size=4 * config.n_embd, attention_probs_dropout_prob=config.dropout,
-            num_detection_tokens=config.queries, use_mid_position_embeddings=False)
+            num_detection_tokens=config.queries, use_mid_position_embeddings=False,
+            bbox_loss_coefficient=2, giou_loss_coefficient=1)  # DETR's are 5 and 2: a small model then learns where long before what
     else:
         cls, settings = transformers.EomtForUniversalSegmentation, transformers.EomtConfig(
             **shape, image_size=config.image_size, mlp_ratio=4, attention_dropout=config.dropout, num_queries=config.queries,

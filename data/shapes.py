@@ -18,10 +18,10 @@ VISIBLE = 0.5  # least share of a shape's area that later shapes leave
 BRIGHT = 130  # least mean of a shape's colour, in grey levels; the ground has at most DARK, but for its gradient and texture
 DARK = 70
 TURN = np.pi / 8  # most rotation, either way
-NOISE = 12  # grey levels, uniform, on every pixel
+NOISE = 6  # grey levels, uniform, on every pixel
 
 
-def sample(seed: int, index: int, size: int = 64, max_objects: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def sample(seed: int, index: int, size: int = 64, max_objects: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """-> image (size, size, 3) uint8; labels (n,) int64 into CLASSES; masks (n, size, size) bool, disjoint and not empty; n >= 1."""
     rng = np.random.default_rng([seed, index])
     y, x = np.mgrid[:size, :size].astype(np.float32)
@@ -36,7 +36,7 @@ def sample(seed: int, index: int, size: int = 64, max_objects: int = 4) -> tuple
     for _ in range(3 * max_objects):  # attempts: a crowded image may end up with fewer
         if len(labels) == wanted:
             break
-        radius = size * rng.uniform(0.14, 0.28)
+        radius = size * rng.uniform(0.18, 0.32)
         centre = rng.uniform(0.8 * radius, size - 0.8 * radius, 2)  # may stick out of the image a little
         turn, label = rng.uniform(-TURN, TURN), int(rng.integers(len(CLASSES)))
         low, high = np.maximum(centre - 1.2 * radius, 0).astype(int), np.minimum(centre + 1.2 * radius + 1, size).astype(int)
@@ -57,7 +57,7 @@ def sample(seed: int, index: int, size: int = 64, max_objects: int = 4) -> tuple
         areas.append(np.count_nonzero(inside))
         light = _colour(rng)[:, None]
         spot = image[:, *window]
-        spot[:, inside] = np.where(_texture(rng, u, v, 2)[inside], light, np.float32(rng.uniform(0.6, 0.8)) * light)
+        spot[:, inside] = np.where(_texture(rng, u, v, 2)[inside], light, np.float32(rng.uniform(0.8, 0.95)) * light)
     image += np.float32(2 * NOISE) * (rng.random(image.shape, np.float32) - np.float32(0.5))
     return image.clip(0, 255, out=image).astype(np.uint8).transpose(1, 2, 0), np.array(labels), np.stack(masks)
 
