@@ -27,19 +27,30 @@ def precondition(a: torch.Tensor, *, grad: bool = False, eps: float = 1e-8, powe
     powers (n_head,), for a of shape (B, n_head, T, D), gets its gradient either way.
     A zero row stays zero and gets a zero gradient: values that start at exactly 0 (DETR's first decoder self-attention) stay there.
     """
+    out = _scale_rows(a, grad, eps, power)
+    _note(a, out)
+    return out
+
+
+def _scale_rows(a: torch.Tensor, grad: bool, eps: float, power: float | torch.Tensor) -> torch.Tensor:
     learned = isinstance(power, torch.Tensor)
     if not learned and power == 0:
-        out = a
-    else:
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(a if grad else a.detach(), dim=-1, keepdim=True, dtype=dtype)
-        zero = norm == 0
+        return a
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(a if grad else a.detach(), dim=-1, keepdim=True, dtype=dtype)
+    zero = norm == 0
+    if grad or learned:  # no infinite slope where the norm is 0
         c = (norm.masked_fill(zero, 1.0) + eps).pow(-power[:, None, None] if learned else -power).masked_fill(zero, 0.0)
-        out = (a * c).to(a.dtype)
+    else:
+        c = (norm + eps).pow_(-power).masked_fill_(zero, 0.0)
+    return (a * c).to(a.dtype)
+
+
+def _note(a: torch.Tensor, out: torch.Tensor):
+    """Give (A, C A), (..., T, D), to every `record`; one tensor twice where nothing was done."""
     for recording in _recordings:
         before = a.detach()
         recording.append((before, before if out is a else out.detach()))
-    return out
 
 
 @contextmanager
@@ -120,7 +131,10 @@ def register_transformers(name: str = "preconditioned", *, grad: bool = False, e
                                  f"attn_implementation={name!r} cannot serve this model")
         a, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # (B, T, n_head, D)
         if not getattr(F.scaled_dot_product_attention, "preconditions", False):  # else precondition_sdpa has done it
-            a = precondition(a.transpose(1, 2), grad=grad, eps=eps, power=power).transpose(1, 2)
+            ca = _scale_rows(a, grad, eps, power)  # in the memory's own layout: half the time
+            before = a.transpose(1, 2)
+            _note(before, before if ca is a else ca.transpose(1, 2))
+            a = ca
         return a, weights
 
     AttentionInterface.register(name, attention)
