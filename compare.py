@@ -1,13 +1,14 @@
 """Does it help? Train arms that differ in some options on the same seeds, and report paired differences with intervals.
 
     python compare.py train.py --vary precond=False,True --seeds=5
-    python compare.py train_lra.py listops --max_iters=1000 --vary precond=False,True --vary attention=softmax,nystrom --seeds=3
+    python compare.py train_lra.py listops --max_iters=1000 --vary attention=softmax,nystrom --vary precond=False,True --seeds=3
     python compare.py train.py --arm "off: precond=False" --arm "half: precond=True precond_power=0.5" --tune learning_rate=1e-3,3e-3
 
 The script's own options follow it as usual and hold for all arms. An arm's runs get the seeds first_seed, first_seed + 1, ..., the same
 for each arm, hence the same initial parameters and batches.
 
---vary KEY=A,B,...              an arm of each value; given twice, an arm of each pair of values
+--vary KEY=A,B,...              an arm of each value; given twice, an arm of each pair of values, and a table more: the second option's
+                                effect for each value of the first
 --arm "NAME: KEY=VALUE ..."     an arm that changes several options, or none; values with spaces in quotes
 
 The first arm is the one that the others are compared with. --tune KEY=A,B picks each arm's value by the mean result on other seeds than
@@ -74,6 +75,7 @@ class Config:
 class Arm:
     name: str
     words: list[str]  # its options, as typed: ["--precond=True"]
+    beside: str = ""  # in a grid: the arm that has the first value of the last --vary, and else the same
     tuned: dict[str, float] = field(default_factory=dict)  # value -> mean result on the tuning seeds
 
 
@@ -114,7 +116,9 @@ def make_arms(given: list[tuple[str, str]]) -> list[Arm]:
             raise UserError(f"--vary {text}: write --vary KEY=VALUE,VALUE")
         if kind == "vary":
             varied.append([f"{key}={value}" for value in values.split(",")])
-    arms = [Arm(" ".join(combination), [f"--{word}" for word in combination]) for combination in itertools.product(*varied) if varied]
+    arms = [Arm(" ".join(combination), [f"--{word}" for word in combination],
+                " ".join([*combination[:-1], varied[-1][0]]) if len(varied) > 1 else "")
+            for combination in itertools.product(*varied) if varied]
     for kind, text in given:
         name, colon, words = text.partition(":")
         if kind == "arm" and not (colon and name.strip()):
@@ -320,7 +324,8 @@ def main():
         sys.exit(128 + comparison.signal)
     folders = {name: [run.folder for run in group] for name, group in runs.items()}
     tuned = {arm.name: {value: arm.tuned.get(value) for value in comparison.tune_values} for arm in comparison.arms if arm.tuned}
-    text = report.write(comparison.folder, folders, shlex.join(["python", "compare.py", *sys.argv[1:]]), comparison.tune_key, tuned)
+    beside = {arm.name: arm.beside for arm in comparison.arms if arm.beside not in ("", arm.name)}
+    text = report.write(comparison.folder, folders, beside, shlex.join(["python", "compare.py", *sys.argv[1:]]), comparison.tune_key, tuned)
     print(text)
     report.draw(comparison.folder, folders)
 

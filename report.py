@@ -9,6 +9,7 @@ import stats
 from config import UserError
 
 METRICS = ("val_ap", "val_accuracy", "val_loss")  # the first that a run records is what it is judged by
+DIFFERENCE = ("difference", "95% interval", "seeds won", "p (Holm)")
 
 
 @dataclass
@@ -63,13 +64,29 @@ def median_kappa(runs: list[Result], name: str) -> list[float]:
     return [statistics.median(layer) for layer in zip(*lists)]
 
 
-def summarise(folders: dict[str, list[Path]]) -> dict:
-    """The numbers of the report: metric, seeds, and for each arm, in order, what `write` shows. The first arm is the baseline."""
+def pairing(group: list[Result], other: list[Result], metric: str) -> dict:
+    """The differences of `group` to `other` by seed. Empty where a run diverged: seeds that did would flatter the others' mean."""
+    if any(run.diverged for run in group + other):
+        return {}
+    differences = [b.final - a.final for a, b in zip(other, group)]
+    sign = 1 if lower_is_better(metric) else -1
+    return {"paired": asdict(stats.paired(differences)), "differences": differences, "wins": sum(sign * d < 0 for d in differences)}
+
+
+def correct(arms):
+    """Add Holm's p values to those that have a pairing."""
+    compared = [arm["paired"] for arm in arms if "paired" in arm]
+    for pair, p in zip(compared, stats.holm([pair["p"] for pair in compared])):
+        pair["p_holm"] = p
+
+
+def summarise(folders: dict[str, list[Path]], beside: dict[str, str]) -> dict:
+    """The numbers of the report: metric, seeds, and for each arm, in order, what `write` shows. The first arm is the baseline; in a grid
+    `beside` names for an arm another one to compare it with."""
     runs = {name: [read_run(folder) for folder in group] for name, group in folders.items()}
     metric = next((run.metric for group in runs.values() for run in group if run.metric), None)
     if metric is None:
         raise UserError("every run diverged: nothing to compare. Lower --learning_rate, or set --grad_clip or --warmup_iters")
-    sign = 1 if lower_is_better(metric) else -1
     baseline, arms = next(iter(runs.values())), {}
     for name, group in runs.items():
         good = [run for run in group if not run.diverged]
@@ -94,19 +111,19 @@ def summarise(folders: dict[str, list[Path]]) -> dict:
             late = [(math.inf, math.inf)] * (len(hits) - len(got))
             arm["steps_to_target"], arm["seconds_to_target"] = (statistics.median(values) for values in zip(*got, *late))
         arm["reached_target"] = f"{len(got)}/{len(hits)}"
-        if group is not baseline and len(pairs) == len(group):  # seeds that diverged would flatter the others' mean
-            differences = [b.final - a.final for a, b in pairs]
-            arm |= {"paired": asdict(stats.paired(differences)), "differences": differences, "wins": sum(sign * d < 0 for d in differences)}
-            if all(run.test is not None for run in baseline + group):
+        if group is not baseline:
+            arm |= pairing(group, baseline, metric)
+            if "paired" in arm and all(run.test is not None for run in baseline + group):
                 arm["test_paired"] = asdict(stats.paired([b.test - a.test for a, b in pairs]))
-    compared = [arm for arm in arms.values() if "paired" in arm]
-    for arm, p in zip(compared, stats.holm([arm["paired"]["p"] for arm in compared])):
-        arm["paired"]["p_holm"] = p
+    within = {name: {"to": other} | pairing(runs[name], runs[other], metric) for name, other in beside.items()}
+    correct(arms.values())
+    correct(within.values())
     identity = baseline[0].identity
     return {"metric": metric, "script": identity["script"], "threads": identity["threads"], "torch": identity["torch"],
             "device": identity["config"]["device"], "dtype": identity["config"]["dtype"], "code": identity["code"],
             "serial": all(run.serial for group in runs.values() for run in group),
-            "training_seconds": sum(run.last.get("elapsed_s", 0.0) for group in runs.values() for run in group), "arms": arms}
+            "training_seconds": sum(run.last.get("elapsed_s", 0.0) for group in runs.values() for run in group),
+            "arms": arms, "within": within}
 
 
 def conclusion(name: str, arm: dict, baseline: str, metric: str) -> str:
@@ -134,13 +151,23 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
 
+def difference(arm: dict) -> list[str]:
+    """The cells of a pairing: difference, interval, seeds won, p."""
+    if "paired" not in arm:
+        return [""] * 4
+    pair = arm["paired"]
+    return [f"{pair['mean']:+.4f}", f"{pair['low']:+.4f} to {pair['high']:+.4f}", f"{arm['wins']}/{pair['n']}", f"{pair['p_holm']:.2g}"]
+
+
 def number(value: float | None, form: str) -> str:
     return "" if value is None else "inf" if value == math.inf else "n/a" if math.isnan(value) else format(value, form)
 
 
-def write(folder: Path, folders: dict[str, list[Path]], command: str, tune: str, tuned: dict[str, dict[str, float | None]]) -> str:
-    """Write compare.md and compare.json to `folder`; return the former. tuned: by arm, value of `tune` -> mean result, None: diverged."""
-    summary = summarise(folders)
+def write(folder: Path, folders: dict[str, list[Path]], beside: dict[str, str], command: str, tune: str,
+          tuned: dict[str, dict[str, float | None]]) -> str:
+    """Write compare.md and compare.json to `folder`; return the former. beside: see `summarise`; tuned: by arm, value of `tune` -> mean
+    result, None: diverged."""
+    summary = summarise(folders, beside)
     metric, arms = summary["metric"], summary["arms"]
     baseline = next(iter(arms))
     lines = [f"`{command}`", "", f"torch {summary['torch']}, {summary['device']}, {summary['dtype']}, threads={summary['threads']}, "
@@ -149,16 +176,17 @@ def write(folder: Path, folders: dict[str, list[Path]], command: str, tune: str,
     tested = any("test_accuracy" in arm for arm in arms.values())
     rows = []
     for name, arm in arms.items():
-        pair = arm.get("paired")
-        rows.append([name, number(arm.get("mean"), ".4f"), number(arm.get("sd"), ".4f"),
-                     f"{pair['mean']:+.4f}" if pair else "", f"{pair['low']:+.4f} to {pair['high']:+.4f}" if pair else "",
-                     f"{arm['wins']}/{pair['n']}" if pair else "", f"{pair['p_holm']:.2g}" if pair else ""]
+        rows.append([name, number(arm.get("mean"), ".4f"), number(arm.get("sd"), ".4f"), *difference(arm)]
                     + [number(arm.get("test_accuracy"), ".4f"), number(arm.get("test_sd"), ".4f"), test_difference(arm)] * tested)
-    lines += table(["arm", "mean", "sd", "difference", "95% interval", "seeds won", "p (Holm)"]
+    lines += table(["arm", "mean", "sd", *DIFFERENCE]
                    + ["test accuracy", "sd", "difference, 95% interval"] * tested, rows)
     lines += [conclusion(name, arm, baseline, metric) for name, arm in list(arms.items())[1:]] + [""]
     if arms[baseline]["diverged"]:
         lines[-1:] = [f"The baseline {baseline} diverged on the seeds {', '.join(map(str, arms[baseline]['diverged']))}.", ""]
+    if summary["within"]:
+        lines += ["Differences within the grid:", ""]
+        lines += table(["arm", "compared with", *DIFFERENCE],
+                       [[name, arm["to"], *difference(arm)] for name, arm in summary["within"].items()])
     serial = summary["serial"]
     lines += table(["arm", f"steps to the result of {baseline}", "seeds that reach it"] + ["seconds", "tokens/s"] * serial
                    + ["peak memory (MB)"],

@@ -132,6 +132,22 @@ def test_the_report_says_what_the_runs_recorded(study):
     assert off["kappa_before"] == [12.5, None] and off["kappa_after"] == [7.5, 2] and "inf" in out
 
 
+def test_a_grid_is_also_compared_within_the_first_option(study):
+    """The rate adds 1 to all losses where it is 1.001, which differences within it do not see."""
+    (code, out, _), result = study("--vary", "learning_rate=1e-3,1.001", "--vary", "precond_power=0,1,8", "--seeds=3")
+    arms, within = result["arms"], result["within"]
+    assert code == 0 and "Differences within the grid" in out
+    slow, fast = "learning_rate=1e-3 precond_power=", "learning_rate=1.001 precond_power="
+    assert {name: arm["to"] for name, arm in within.items()} == {name + p: name + "0" for name in (slow, fast) for p in "18"}
+    assert within[slow + "1"]["differences"] == arms[slow + "1"]["differences"]
+    expected = [b - a for a, b in zip(arms[fast + "0"]["final"], arms[fast + "1"]["final"])]
+    assert within[fast + "1"]["differences"] == expected and within[fast + "1"]["wins"] == 3
+    assert within[fast + "1"]["paired"]["p"] == stats.paired(expected).p
+    assert within[fast + "1"]["paired"]["p_holm"] == stats.holm([within[name + "1"]["paired"]["p"] for name in (slow, fast)])[1]
+    assert within[fast + "8"].keys() == {"to"}  # seed 2 diverged
+    assert study("--vary", "precond_power=0,1", "--seeds=2")[1]["within"] == {}
+
+
 def test_higher_accuracy_is_better(study, fake):
     fake("val_accuracy")
     (_, out, _), result = study("--vary", "precond_power=0,1", "--seeds=3", "--tune", "learning_rate=1e-3,1e-2", script="train_lra.py")
