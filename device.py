@@ -14,7 +14,7 @@ from config import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # From this width on bf16 is the CPU's default. Below, with AMX, casts cost more than the products gain; with AVX512-BF16
-# a step of width 128 takes 0.82 of the time in float32, too little to give up its accuracy, and one of width 256 takes 0.68.
+# a step of width 128 takes 0.96 of the time in float32, too little to give up its accuracy, and one of width 256 takes 0.68.
 BF16_WIDTH = 256
 
 
