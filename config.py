@@ -1,7 +1,7 @@
 """Options: a dataclass's defaults <- a TOML preset <- --key=value on the command line. `--help` is made from the dataclass.
 
-A field is declared `name: Annotated[type, "meaning", "fixed"?] = default`; type is int, float, bool, str, Literal[...] or a union of these.
-"fixed" options decide what a run is: they cannot change when it is resumed.
+A field is declared `name: Annotated[type, "meaning", mark?] = default`; type is int, float, bool, str, Literal[...] or a union of these.
+Options marked "fixed" decide what a run is: they cannot change when it is resumed. "fixed in training" ones can change in an evaluation.
 """
 import dataclasses
 import difflib
@@ -35,7 +35,13 @@ def run(main, *errors: type[Exception]):
 
 
 def parse(cls: type, argv: list[str], doc: str) -> tuple[Any, dict[str, Any]]:
-    """-> (an instance of the dataclass `cls`, {option: value} of those typed on the command line).
+    """-> (an instance of the dataclass `cls`, {option: value} of those typed on the command line); see `read`."""
+    preset, typed = read(cls, argv, doc)
+    return build(cls, preset | typed), typed
+
+
+def read(cls: type, argv: list[str], doc: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """-> ({option: value} of the presets, the same of the options typed on the command line), for the dataclass `cls`.
 
     An argument without dashes is a preset, a TOML file.
     --help prints `doc` and all options and exits. Raises UserError for an unknown option or a bad value.
@@ -65,7 +71,7 @@ def parse(cls: type, argv: list[str], doc: str) -> tuple[Any, dict[str, Any]]:
             else:
                 raise UserError(f"--{key} needs a value of type {type_name(field.type)}, as in --{key}={field.default!r}")
         typed[key] = convert(f"--{key}", text, field.type)
-    return build(cls, preset | typed), typed
+    return preset, typed
 
 
 def preset_of_task(argv: list[str], tasks: tuple[str, ...], prefix: str) -> list[str]:
@@ -83,14 +89,19 @@ def preset_of_task(argv: list[str], tasks: tuple[str, ...], prefix: str) -> list
     return [str(small if small.exists() else presets / f"{prefix}_{argv[0]}.toml"), *argv[1:]]
 
 
-def resume(cls: type, saved: dict[str, Any], typed: dict[str, Any]) -> Any:
-    """The configuration of a resumed run: the saved one; only options in `typed` override it. Raises UserError at a changed fixed one."""
+def resume(cls: type, saved: dict[str, Any], typed: dict[str, Any], preset: dict[str, Any] = {}, evaluate: bool = False) -> Any:
+    """The configuration of a resumed run: the saved one; only options in `typed` override it.
+
+    evaluate: it will not be trained on. Raises UserError where a fixed option, typed or of a preset, is not the run's.
+    """
     fields = options(cls)
     if unknown := sorted(set(saved) - set(fields)):
         raise UserError(f"the checkpoint has options that this script does not know ({', '.join(unknown)}): another script or version wrote it")
-    for key, value in typed.items():
-        if fields[key].fixed and saved.get(key, fields[key].default) != value:
-            raise UserError(f"--{key}={value} cannot change on resume: the run has {key}={saved.get(key, fields[key].default)}")
+    for key, value in (preset | typed).items():
+        fixed = fields[key].mark == "fixed" or fields[key].mark == "fixed in training" and not evaluate
+        if fixed and saved.get(key, fields[key].default) != value:
+            given = f"--{key}={value}" if key in typed else f"{key}={value}, which the preset sets,"
+            raise UserError(f"{given} cannot change on resume: the run has {key}={saved.get(key, fields[key].default)}")
     return build(cls, saved | typed)
 
 
@@ -114,7 +125,7 @@ class Option:
     type: Any
     default: Any
     help: str
-    fixed: bool
+    mark: str  # "", "fixed" or "fixed in training"
 
 
 def options(cls: type) -> dict[str, Option]:
@@ -124,7 +135,7 @@ def options(cls: type) -> dict[str, Option]:
     for field in dataclasses.fields(cls):
         assert get_origin(hints[field.name]) is Annotated, f"{cls.__name__}.{field.name} needs Annotated[type, help]"
         kind, help, *marks = get_args(hints[field.name])
-        result[field.name] = Option(field.name, kind, field.default, help, "fixed" in marks)
+        result[field.name] = Option(field.name, kind, field.default, help, *(marks or [""]))
     return result
 
 

@@ -21,11 +21,11 @@ from precond import LEARNED_FROM, precondition
 @dataclass
 class PrecondConfig:
     """How attention is preconditioned, in every model."""
-    precond: Annotated[bool, "precondition each head's output: row i times ||A_i||^-precond_power"] = False
-    precond_grad: Annotated[bool, "let the gradient flow through the norms (the paper: no)"] = False
-    precond_eps: Annotated[float, "added to the norms"] = 1e-8
+    precond: Annotated[bool, "precondition each head's output: row i times ||A_i||^-precond_power", "fixed in training"] = False
+    precond_grad: Annotated[bool, "let the gradient flow through the norms (the paper: no)", "fixed in training"] = False
+    precond_eps: Annotated[float, "added to the norms", "fixed in training"] = 1e-8
     precond_power: Annotated[float | Literal["learned"], "1: the paper's; 0: plain attention; 0.5: half-way; learned: one a head, from "
-                                                         "0.5"] = 1.0
+                                                         "0.5", "fixed in training"] = 1.0
 
     def __post_init__(self):
         if not self.precond_eps >= 0:
@@ -33,10 +33,10 @@ class PrecondConfig:
         if self.precond_power != "learned" and not math.isfinite(self.precond_power):
             raise ValueError(f"precond_power={self.precond_power} must be a finite number")
 
-    def describe_precond(self, typed: dict) -> str:
-        """"precond=True" or "precond=False", then those of its options that are typed or set and do nothing because it is off."""
+    def describe_precond(self) -> str:
+        """"precond=True" or "precond=False", then those of its options that are set and do nothing because it is off."""
         idle = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)
-                if f.name.startswith("precond_") and (f.name in typed or getattr(self, f.name) != f.default)]
+                if f.name.startswith("precond_") and getattr(self, f.name) != f.default]
         if self.precond or not idle:
             return f"precond={self.precond}"
         return f"precond=False ({', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect on training)"
@@ -56,7 +56,7 @@ class ModelConfig(PrecondConfig):
     landmarks: Annotated[int, "landmarks of nystrom attention", "fixed"] = 64
     conv_kernel_size: Annotated[int, "tokens under nystrom's convolution skip, an odd number; 0: no skip", "fixed"] = 35
     precond_skip: Annotated[Literal["before", "after"], "precondition the attention product before or after nystrom's convolution skip "
-                                                        "is added to it"] = "before"
+                                                        "is added to it", "fixed in training"] = "before"
     loss: Annotated[Literal["auto", "plain", "chunked"], "cross entropy of a language model; chunked: without the logits of all tokens in "
                                                          "memory; auto: chunked for large vocabularies on a CPU"] = "auto"
     checkpoint_activations: Annotated[bool, "compute each block again in the backward pass instead of keeping its activations"] = False

@@ -1,9 +1,9 @@
 """GPT-2's weights in the form of model.GPT: the four published sizes, or a local Hugging Face folder of the same architecture.
 
-    shapes, state = read("gpt2")                      # downloads config.json and model.safetensors once
-    shapes, state = read("out/exported", block_size=256)
+    shapes, _, state = read("gpt2")                      # downloads config.json and model.safetensors once
+    shapes, precond, state = read("out/exported", block_size=256)
     vocab_size = shapes.pop("vocab_size")
-    gpt = GPT(ModelConfig(**shapes), vocab_size)
+    gpt = GPT(ModelConfig(**shapes, **precond), vocab_size)
     gpt.load_state_dict(state)
 
 Radford et al. 2019. Weights are read from safetensors alone: a pickle can run code when it is opened. Hugging Face stores GPT-2's
@@ -34,23 +34,25 @@ ARCHITECTURE = {
 }
 
 
-def read(source: str, block_size: int | None = None) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(shapes, state_dict) of `source`: a name in HUB, or a local folder with config.json and safetensors.
+def read(source: str, block_size: int | None = None) -> tuple[dict, dict, dict[str, torch.Tensor]]:
+    """(shapes, precond, state_dict) of `source`: a name in HUB, or a local folder with config.json and safetensors.
 
-    shapes: block_size, n_layer, n_head, n_embd, bias (always True) and vocab_size. state_dict: model.GPT's keys, fp32, on the CPU.
+    shapes: block_size, n_layer, n_head, n_embd, bias (always True) and vocab_size. precond: the options under which export.py's model was
+    trained, empty for a plain one. state_dict: model.GPT's keys, fp32, on the CPU.
     block_size keeps that many of the learned positions. Whatever cannot be read or is another architecture is a UserError.
     """
     folder = _download(source) if source in HUB else Path(source)
     if not folder.is_dir():
         raise UserError(f"{source} is neither a folder nor one of {', '.join(HUB)}: name a Hugging Face GPT-2 folder")
-    shapes = _shapes(folder / "config.json")
+    config = _read_json(folder / "config.json")
+    shapes, precond = _shapes(config, folder / "config.json"), _preconditioner(config, folder / "config.json")
     rows = shapes["block_size"]
     state = _convert(_read_tensors(folder), shapes, folder)
     if block_size is not None:
         if not 1 <= block_size <= rows:
             raise UserError(f"block_size={block_size}: {source} has learned positions for 1 to {rows} tokens, choose among them")
         shapes["block_size"], state["wpe.weight"] = block_size, state["wpe.weight"][:block_size].clone()
-    return shapes, state
+    return shapes, precond, state
 
 
 def _download(name: str) -> Path:
@@ -80,9 +82,20 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def _shapes(path: Path) -> dict:
+def _preconditioner(config: dict, path: Path) -> dict:
+    """ModelConfig's precond options from what export.py writes."""
+    options = config.get("preconditioned_attention")
+    if options is None:
+        return {}
+    try:
+        return {"precond": True, "precond_grad": bool(options["grad"]), "precond_eps": float(options["eps"]),
+                "precond_power": float(options["power"])}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: preconditioned_attention={options!r} needs grad, eps and power: export the folder again") from None
+
+
+def _shapes(config: dict, path: Path) -> dict:
     """ModelConfig's sizes and vocab_size from a config.json that describes the architecture of model.GPT."""
-    config = _read_json(path)
     for key, (default, allowed) in ARCHITECTURE.items():
         if config.get(key, default) not in allowed:
             raise UserError(f"{path}: {key}={config.get(key)!r}, but model.py computes {key}={allowed[0]!r}: use another model")

@@ -1,6 +1,6 @@
 """Opening and closing a run: what every training script does before and after the loop of trainer.py.
 
-    config, typed, saved = open_run(Config, sys.argv[1:], __doc__)     # options, and the checkpoint to go on from
+    config, given, saved = open_run(Config, sys.argv[1:], __doc__)     # options, and the checkpoint to go on from
     with compute_for(config, saved) as compute:
         ...                                                            # data, task, model
         finish(config, Trainer(config, task, model, compute, saved).run(), compute)
@@ -22,22 +22,24 @@ from trainer import TrainerConfig, check_world
 
 
 def open_run(cls: type, argv: list[str], doc: str) -> tuple[Any, dict, dict | UserError | None]:
-    """-> (configuration, options typed in `argv`, checkpoint to go on from or None). Raises UserError for impossible options.
+    """-> (configuration, options that `argv` or its presets set, checkpoint to go on from or None). Raises UserError for impossible options.
 
     Where the folder's run cannot be used, the UserError that says so stands for the checkpoint: compute_for raises it, when all processes
     are there to hear it.
     """
-    config, typed = options.parse(cls, argv, doc)
+    preset, typed = options.read(cls, argv, doc)
+    config = options.build(cls, preset | typed)
     try:
-        return find_run(config, typed)
+        return find_run(config, preset, typed)
     except UserError as e:
-        return config, typed, e
+        return config, preset | typed, e
 
 
-def find_run(config: TrainerConfig, typed: dict) -> tuple[Any, dict, dict | None]:
+def find_run(config: TrainerConfig, preset: dict, typed: dict) -> tuple[Any, dict, dict | None]:
     """`open_run` of parsed options. Raises UserError.
 
-    Resuming starts from the checkpoint's configuration, and only typed options override it. eval_only reads the best checkpoint.
+    Resuming starts from the checkpoint's configuration, and only typed options override it; a preset of another run is an error.
+    eval_only reads the best checkpoint.
     """
     folder = Path(config.out_dir)
     exists = (folder / "ckpt.pt").exists()
@@ -46,14 +48,14 @@ def find_run(config: TrainerConfig, typed: dict) -> tuple[Any, dict, dict | None
         if exists and not config.overwrite and not config.eval_only:
             raise UserError(f"{folder} holds a run: continue it with --init_from=resume, choose another folder with --out_dir=NAME, "
                             "or replace it with --overwrite")
-        return config, typed, None
+        return config, preset | typed, None
     saved = checkpoint.read(checkpoint.choose(folder, best=config.eval_only))
     needed = {"config", "model", "step", "task"} | (set() if config.eval_only else {"optimizer", "ranks"})
     if missing := sorted(needed - set(saved)):
         raise UserError(f"the checkpoint in {folder} cannot be used: it lacks {', '.join(missing)} (best.pt holds the model alone)")
     kept = {key: value for key, value in typed.items() if key not in ("init_from", "overwrite")}
     typed = kept | {"out_dir": config.out_dir, "eval_only": config.eval_only}
-    config = options.resume(type(config), saved["config"], typed)
+    config = options.resume(type(config), saved["config"], typed, preset, evaluate=config.eval_only)
     old = saved["config"]["batch_size"] * saved["config"]["gradient_accumulation_steps"]
     if config.global_batch != old and not config.eval_only:
         raise UserError(f"batch_size x gradient_accumulation_steps = {config.global_batch} cannot change on resume: the run has {old}")
@@ -79,7 +81,16 @@ def compute_for(config, saved: dict | UserError | None):
     with Compute(config.device, dtype, config.n_embd) as compute:
         agree(config, saved, compute)
         check_world(config, compute)
+        if not config.eval_only:
+            compute.together(lambda: check_writable(Path(config.out_dir)), alone=compute.main)
         yield compute
+
+
+def check_writable(folder: Path):
+    """Raises UserError where `folder` could not be made or written to: before data is prepared, which can take hours."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: {parent} is " + ("not writable" if parent.is_dir() else "a file"))
 
 
 def agree(config, saved: dict | UserError | None, compute: Compute):

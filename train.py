@@ -82,22 +82,24 @@ class LanguageModelling:
                 "data_sha256": {name: split["sha256"] for name, split in self.meta["splits"].items()}}
 
 
-def start_from_pretrained(config: Config, typed: dict) -> tuple[Config, dict]:
-    """The configuration with the shape of the GPT-2 that init_from names, and its weights. block_size cuts its positions."""
-    shapes, weights = pretrained.read(config.init_from, config.block_size)
+def start_from_pretrained(config: Config, given: dict) -> tuple[Config, dict]:
+    """The configuration with the shape of the GPT-2 that init_from names, and its weights. A block_size among the options that are given
+    cuts its positions; the preconditioner that an export names is kept where they do not say otherwise."""
+    shapes, precond, weights = pretrained.read(config.init_from, given.get("block_size"))
     vocab_size = shapes.pop("vocab_size")
     for key, value in shapes.items():
-        if key in typed and typed[key] != value:
-            raise UserError(f"--{key}={typed[key]}, but {config.init_from} has {key}={value}: leave the option out")
+        if key in given and given[key] != value:
+            raise UserError(f"{key}={given[key]}, but {config.init_from} has {key}={value}: leave the option out")
     tokenizer = "gpt2" if config.tokenizer == "auto" and vocab_size == GPT2_VOCABULARY else config.tokenizer
-    return replace(config, **shapes, n_inner=0, attention="softmax", tokenizer=tokenizer), weights
+    kept = {key: value for key, value in precond.items() if key not in given}
+    return replace(config, **shapes, **kept, n_inner=0, attention="softmax", tokenizer=tokenizer), weights
 
 
 def main():
-    config, typed, saved = session.open_run(Config, sys.argv[1:], __doc__)
+    config, given, saved = session.open_run(Config, sys.argv[1:], __doc__)
     weights = None
     if saved is None and config.init_from not in ("scratch", "auto"):
-        config, weights = start_from_pretrained(config, typed)
+        config, weights = start_from_pretrained(config, given)
     with session.compute_for(config, saved) as compute:
         folder = compute.once_per_node(lambda: text.prepare(config.dataset, config.data_dir, config.tokenizer))
         task = LanguageModelling(config, folder)
@@ -108,7 +110,7 @@ def main():
         if compute.main:
             print(f"data: {folder}, {len(task.blocks.tokens):,} training and {len(task.val):,} validation tokens, "
                   f"vocabulary {task.meta['vocab_size']:,}\nmodel: {model.n_parameters():,} parameters, block_size={config.block_size}, "
-                  f"{config.describe_precond(typed)}\ncompute: {compute.describe()}", flush=True)
+                  f"{config.describe_precond()}\ncompute: {compute.describe()}", flush=True)
         if config.eval_only:
             session.evaluate_only(config, task, model, compute, saved)
             return

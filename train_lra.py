@@ -182,7 +182,7 @@ def preset_of_task(argv: list[str]) -> list[str]:
 
 
 def main():
-    config, typed, saved = session.open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
+    config, _, saved = session.open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
     with session.compute_for(config, saved) as compute:
         folder = compute.once_per_node(lambda: prepare(config))
         task = Classification(config, folder)
@@ -191,7 +191,7 @@ def main():
         if compute.main:
             counts = ", ".join(f"{n:,} {split}" for split, n in task.meta["counts"].items())
             print(f"data: {folder}, {counts}, {sum(task.meta['cut'].values()):,} cut at block_size={config.block_size}\n"
-                  f"model: {model.n_parameters():,} parameters, attention={config.attention}, {config.describe_precond(typed)}\n"
+                  f"model: {model.n_parameters():,} parameters, attention={config.attention}, {config.describe_precond()}\n"
                   f"compute: {compute.describe()}", flush=True)
         if not config.eval_only:
             if compute.main:

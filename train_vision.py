@@ -30,6 +30,7 @@ from vision import TASKS, Vision, VisionConfig, detections
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito's
 SHOWN_SCORE, SHOWN_SIDE = 0.5, 384  # a drawn prediction's least score; a drawing's least side in pixels
+TITLE, GAP = 26, 8  # height of a drawing's title, pixels between its halves
 
 
 @dataclass
@@ -110,7 +111,7 @@ class VisionTask:
 @torch.no_grad()
 def show(task: VisionTask, model: Vision, compute: Compute, count: int, folder: Path):
     """Validation images with the truth (left) and the predictions whose score is above SHOWN_SCORE (right), a PNG for each."""
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
     config, classes = task.config, task.data.classes
     indices = np.arange(min(count, len(task.data.val)))
@@ -123,17 +124,21 @@ def show(task: VisionTask, model: Vision, compute: Compute, count: int, folder: 
         path = folder / f"val_{i}.png"
         if task.classify:
             answer, label = classes[outputs[0][i].argmax()], classes[targets[0][i]]
-            picture.save(path)
-            print(f"{path}: predicted {answer}, label {label}" + ("" if answer == label else "  (wrong)"))
-            continue
-        true = true_objects(task, i, side)
-        found = detections(config.task, tuple(o[i:i + 1] for o in outputs), [{"id": 0, "width": side, "height": side}])
-        found = [d for d in found if d["score"] > SHOWN_SCORE]
-        sheet = Image.new("RGB", (2 * side + 8, side), "white")
-        for x, objects in ((0, true), (side + 8, found)):
-            sheet.paste(draw(picture, objects, classes), (x, 0))
+            said = f"predicted {answer}, label {label}" + ("" if answer == label else "  (wrong)")
+            panels = {said: picture}
+        else:
+            true = true_objects(task, i, side)
+            found = detections(config.task, tuple(o[i:i + 1] for o in outputs), [{"id": 0, "width": side, "height": side}])
+            found = [d for d in found if d["score"] > SHOWN_SCORE]
+            said = f"{len(true)} objects (left), {len(found)} found with a score above {SHOWN_SCORE:.0%} (right)"
+            panels = {f"truth: {len(true)}": draw(picture, true, classes),
+                      f"found, score above {SHOWN_SCORE:.0%}: {len(found)}": draw(picture, found, classes)}
+        sheet = Image.new("RGB", ((side + GAP) * len(panels) - GAP, side + TITLE), "white")
+        for x, (title, panel) in enumerate(panels.items()):
+            sheet.paste(panel, (x * (side + GAP), TITLE))
+            ImageDraw.Draw(sheet).text((x * (side + GAP) + 4, 4), title, fill="black", font_size=16)
         sheet.save(path)
-        print(f"{path}: {len(true)} objects (left), {len(found)} found with a score above {SHOWN_SCORE} (right)")
+        print(f"{path}: {said}")
 
 
 def true_objects(task: VisionTask, i: int, side: int) -> list[dict]:
@@ -174,7 +179,7 @@ def preset_of_task(argv: list[str]) -> list[str]:
 
 
 def main():
-    config, typed, saved = session.open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
+    config, _, saved = session.open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
     with session.compute_for(config, saved) as compute:
         task = compute.once_per_node(lambda: VisionTask(config))
         torch.manual_seed(config.seed)
@@ -182,12 +187,16 @@ def main():
         if compute.main:
             print(f"data: {config.source or 'generated shapes'}, {len(task.data.val):,} validation images, "
                   f"{len(task.data.classes)} classes\n"
-                  f"model: {type(model.network).__name__}, {model.n_parameters():,} parameters, {config.describe_precond(typed)}\n"
+                  f"model: {type(model.network).__name__}, {model.n_parameters():,} parameters, {config.describe_precond()}\n"
                   f"compute: {compute.describe()}", flush=True)
         if config.eval_only:
             session.evaluate_only(config, task, model, compute, saved)
         else:
             session.finish(config, Trainer(config, task, model, compute, saved).run(), compute)
+            if compute.main:
+                print(f"next: python train_vision.py --eval_only --show=8 --out_dir={config.out_dir}        # draw predictions of the best "
+                      f"checkpoint\n      python plot.py {config.out_dir}        # figures\n"
+                      f"      python compare.py train_vision.py {config.task} --vary precond=False,True --seeds=3   # with and without")
         if config.show and compute.main:
             show(task, model.eval(), compute, config.show, Path(config.out_dir))
 

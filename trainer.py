@@ -7,7 +7,7 @@ A script brings a model and a task:
     task.loss(model, *batch)      -> (loss, ...): mean values over the batch, named by task.train_metrics, the loss first
     task.evaluate(model, compute) -> {"val_loss": ..., ...}, every sample counted once over all processes
     task.probe(model, compute)    one forward pass on a few fixed validation samples, for kappa; returns their mask or None
-    task.objective                ("val_loss", "min") or ("val_accuracy", "max"): what makes a checkpoint the best one
+    task.objective                ("val_loss", "min") or ("val_accuracy", "max"): what makes a checkpoint the best one, of equals the last
     task.state()                  plain values for the checkpoint that identify the data
 
 Sample g of step s at position i is g = s * batch_size * gradient_accumulation_steps + i: the run's place in the data is its step.
@@ -220,7 +220,7 @@ class Trainer:
         self.report(record)
         self.evaluated = self.step
         metric, direction = self.task.objective
-        if self.best is None or (record[metric] < self.best["value"] if direction == "min" else record[metric] > self.best["value"]):
+        if self.best is None or (record[metric] <= self.best["value"] if direction == "min" else record[metric] >= self.best["value"]):
             self.best = {"metric": metric, "value": record[metric], "step": self.step}
             best = {"model": self.raw.state_dict(), **self.identity()}
             self.compute.together(lambda: checkpoint.save(self.folder / "best.pt", best), alone=self.compute.main)

@@ -35,7 +35,7 @@ class VisionConfig(PrecondConfig):
     query_blocks: Annotated[int, "segment: the last blocks, which have the queries", "fixed"] = 1
     upscale_blocks: Annotated[int, "segment: each doubles the masks' resolution, from one value a patch", "fixed"] = 1
     mask_points: Annotated[int, "segment: points of each mask that the loss looks at"] = 256
-    precond_power: Annotated[float, "1: the paper's; 0: plain attention; 0.5: half-way"] = 1.0
+    precond_power: Annotated[float, "1: the paper's; 0: plain attention; 0.5: half-way", "fixed in training"] = 1.0
 
     def __post_init__(self):
         PrecondConfig.__post_init__(self)

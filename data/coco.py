@@ -62,7 +62,8 @@ def encode(masks: np.ndarray) -> list[dict]:
 
 
 class Annotations:
-    """One split of a source, checked. `classes`: names in the order of category ids. `skipped`: unreadable images, too small objects."""
+    """One split of a source, checked. `classes`: names in the order of category ids. `unreadable`: images that `samples` left out, each
+    with the reason; `vanished`: how many objects it did, because they are too small."""
 
     def __init__(self, source: Path, split: str, masks: bool):
         require()
@@ -71,7 +72,7 @@ class Annotations:
             raise DataError(f"{source} holds {len(found)} files annotations/instances_{split}*.json, not one: give --source=FOLDER as COCO "
                             "is released, with annotations/instances_train*.json and annotations/instances_val*.json")
         self.path, self.source, self.masks = found[0], source, masks
-        self.skipped = {"images": 0, "objects": 0}
+        self.unreadable, self.vanished = [], 0
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             self.images = {image["id"]: image for image in content["images"]}
@@ -97,8 +98,8 @@ class Annotations:
     def _check(self, a: dict, categories: dict):
         where = f"{self.path}: annotation {a['id']}"
         if a["category_id"] not in categories:
-            raise DataError(f"{where}: category_id {a['category_id']} is not one of the file's {len(categories)} categories "
-                            f"({min(categories, default=None)} to {max(categories, default=None)})")
+            known = ", ".join(map(str, sorted(categories)[:5])) + (", ..." if len(categories) > 5 else "")
+            raise DataError(f"{where}: category_id {a['category_id']} is not the id of one of the file's {len(categories)} categories ({known})")
         if a["image_id"] not in self.images:
             raise DataError(f"{where}: there is no image {a['image_id']}")
         if len(a["bbox"]) != 4 or not all(isinstance(v, int | float) for v in a["bbox"]):
@@ -122,8 +123,8 @@ class Annotations:
             try:
                 with Image.open(folder / image["file_name"]) as file:
                     pixels = np.asarray(file.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
-            except (OSError, SyntaxError, ValueError):  # what Pillow raises for files that are missing, cut off or no images
-                self.skipped["images"] += 1
+            except (OSError, SyntaxError, ValueError) as e:  # what Pillow raises for files that are missing, cut off or no images
+                self.unreadable.append(f"{folder / image['file_name']}: {e.strerror if getattr(e, 'strerror', None) else e}")
                 continue
             yield pixels, *self._objects(image, size)
 
@@ -148,7 +149,7 @@ class Annotations:
             x1, x2, y1, y2 = *np.clip([x1 / w, (x1 + width) / w], 0, 1), *np.clip([y1 / h, (y1 + height) / h], 0, 1)
             mask = shrink(rle.decode(encoded), size) if self.masks else None
             if x2 <= x1 or y2 <= y1 or self.masks and not mask.any():
-                self.skipped["objects"] += 1
+                self.vanished += 1
                 continue
             labels.append(label)
             boxes.append([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1])

@@ -281,7 +281,7 @@ def _files(source: Path, task: str) -> Iterator[tuple[str, BinaryIO]]:
             return  # they are all files, and all had: no need to read the rest of a large archive
     missing = [f"{spec.folder}/{part}" for part in spec.parts if part not in seen]
     if missing:
-        raise DataError(f"{task}: {source} lacks {', '.join(missing)}: it should hold what {spec.archive[0]} holds "
+        raise DataError(f"{source} lacks {', '.join(missing)}: it should hold what {spec.archive[0]} holds "
                         f"({spec.archive[1]}, {spec.archive[2]})")
 
 

@@ -17,10 +17,12 @@ import torch
 
 from data import coco, shapes
 from data.folders import ensure
-from data.lra_sources import DAMAGED, cifar10
+from data.lra_sources import DAMAGED, TASKS, cifar10
 from data.order import Shuffled
 from data.tokens import DataError
 
+CIFAR10_ARCHIVE = TASKS["image"].archive
+NAMED = 5  # unreadable images that are named; all are counted
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -155,17 +157,23 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
 
     def fill(work: Path) -> dict:
         if not source.exists():
-            raise DataError(f"--source={source}: there is nothing of that name")
+            name, megabytes, home = CIFAR10_ARCHIVE
+            raise DataError(f"--source={source}: there is nothing of that name"
+                            + (f"; {name} ({megabytes}) is at {home}" if task == "classify" else ""))
         print(f"preparing {task} in {folder}: reading {source}", flush=True)
         try:
-            classes, counts, skipped = (_fill_cifar10 if task == "classify" else _fill_coco)(work, source, task, size)
+            classes, counts, skipped, unreadable = (_fill_cifar10 if task == "classify" else _fill_coco)(work, source, task, size)
         except DAMAGED as e:
             raise DataError(f"{source} is not a complete archive ({e}): download it again") from None
         for split, n in counts.items():
             if not n:
                 raise DataError(f"{source}: the {split} split has no image that can be used")
         print(f"prepared {task}: {counts['train']:,} training and {counts['val']:,} validation images; skipped "
-              f"{skipped['images']:,} unreadable images and {skipped['objects']:,} objects too small at {size} x {size}", flush=True)
+              + ", ".join(f"{n:,} {what}" for what, n in skipped.items()), flush=True)
+        for line in unreadable[:NAMED]:
+            print(f"  {line}")
+        if len(unreadable) > NAMED:
+            print(f"  and {len(unreadable) - NAMED:,} more", flush=True)
         sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(work.glob("*_labels.npy"))}
         return parameters | {"classes": classes, "counts": counts, "skipped": skipped, "sha256": sums}
 
@@ -187,27 +195,33 @@ def _fill_cifar10(work: Path, source: Path, task: str, size: int):
     for split, batch in cifar10(source):
         samples = ((sized(image), np.array([label]), np.zeros((1, 4), np.float32), None) for label, image in batch)
         counts[split] = _write(work, split, samples)
-    return list(CIFAR10), counts, {"images": 0, "objects": 0}
+    return list(CIFAR10), counts, {"unreadable images": 0}, []
 
 
 def _fill_coco(work: Path, source: Path, task: str, size: int):
+    """-> classes, images in each split, how many of what was skipped, and a line for each unreadable image."""
     splits = {split: coco.Annotations(source, split, masks=task == "segment") for split in ("train", "val")}
     classes = splits["train"].classes
     if (splits["train"].ids, classes) != (splits["val"].ids, splits["val"].classes):
         raise DataError(f"{splits['val'].path} and {splits['train'].path} have different categories")
-    records, counts = [], {}
+    records, counts, empty = [], {}, 0
     for split, annotations in splits.items():
         def wanted():
+            nonlocal empty
             for *sample, record in annotations.samples(size):
                 if split == "val":
                     records.append(record)
                 if split == "val" or len(sample[1]):  # an image without objects has nothing to teach, but can be mistaken
                     yield sample
+                else:
+                    empty += 1
         counts[split] = _write(work, split, wanted())
     if not any(not a["iscrowd"] for record in records for a in record["annotations"]):
         raise DataError(f"{splits['val'].path}: no readable image has an object: there is nothing to evaluate on")
     (work / "val.json").write_text(json.dumps(make_truth(records, classes)))
-    return classes, counts, {name: sum(a.skipped[name] for a in splits.values()) for name in ("images", "objects")}
+    unreadable = [line for annotations in splits.values() for line in annotations.unreadable]
+    return classes, counts, {"unreadable images": len(unreadable), "training images without objects": empty,
+                             f"objects too small at {size} x {size}": sum(a.vanished for a in splits.values())}, unreadable
 
 
 def _write(folder: Path, split: str, samples) -> int:

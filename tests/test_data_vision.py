@@ -66,7 +66,9 @@ def change(source, split="train2017", **changes):
 
 def test_coco_folder(source, tmp_path, capsys):
     data = vision.open_data("segment", str(source), str(tmp_path / "data"), SIZE, seed=1, n_val=0)
-    assert "skipped 4 unreadable images and 12 objects too small" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "skipped 4 unreadable images, 1 training images without objects, 12 objects too small at 32 x 32" in out
+    assert "missing.png: No such file" in out and "broken.png: " in out
     assert data.classes == ["dog", "cat"] and (len(data.train), len(data.val)) == (6, 7)  # one without objects is evaluated, not learned
     images, counts, labels, masks = data.train.batch([1, 0])
     assert images.shape == (2, 3, SIZE, SIZE) and images.dtype == torch.uint8
@@ -138,7 +140,7 @@ def test_average_precision_by_hand():
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(category_id=99), r"annotation 1: category_id 99 is not one of the file's 2 categories \(3 to 7\)"),
+    (dict(category_id=99), r"annotation 1: category_id 99 is not the id of one of the file's 2 categories \(3, 7\)"),
     (dict(image_id=99), "annotation 1: there is no image 99"),
     (dict(segmentation=...), "annotation 1 has no mask .*use the detect task"),
     (dict(segmentation=[]), "annotation 1 has no mask"),

@@ -110,6 +110,26 @@ def test_a_run_learns_and_records(corpus, tmp_path, call):
     assert code == 0 and f"step {best['best']['step']}: val_loss {best['best']['value']:.4f}" in out
 
 
+def test_what_a_run_is_cannot_change_on_resume_through_an_option_or_a_preset(corpus, tmp_path, call):
+    run, preset = tmp_path / "run", tmp_path / "deeper.toml"
+    preset.write_text("n_layer = 3\nmax_iters = 50\n")
+    assert call(train, *SMALL, *corpus, f"--out_dir={run}", "--max_iters=2")[0] == 0
+    again = ["--init_from=resume", f"--out_dir={run}", "--max_iters=4"]
+    assert "n_layer=3, which the preset sets, cannot change on resume: the run has n_layer=2" in error(call(train, preset, *again))
+    assert "--precond=True cannot change on resume: the run has precond=False" in error(call(train, *again, "--precond=True"))
+    code, out, _ = call(train, run / "config.toml", *again)
+    assert code == 0 and "max_iters 2 -> 4" in out
+    # an evaluation can take the preconditioner away, or put one in, but not change the model
+    plain, other = (call(train, "--eval_only", f"--out_dir={run}", *more) for more in ([], ["--precond=True"]))
+    assert plain[0] == other[0] == 0 and plain[1].splitlines()[-1] != other[1].splitlines()[-1]
+    assert "cannot change on resume" in error(call(train, "--eval_only", f"--out_dir={run}", preset))
+
+
+def test_an_out_dir_that_cannot_be_written_is_found_before_the_data_is_prepared(tmp_path, call):
+    (tmp_path / "file").write_text("")
+    assert "cannot write to" in error(call(train, "--dataset=missing.txt", f"--out_dir={tmp_path / 'file' / 'out'}"))
+
+
 def test_a_baseline_with_the_preconditioner_s_options_says_so(corpus, tmp_path, call):
     code, out, _ = call(train, *SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=1", "--precond_power=0.5")
     assert code == 0 and "precond=False (precond_power=0.5 has no effect on training)\n" in out

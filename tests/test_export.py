@@ -11,7 +11,7 @@ import export
 import precond
 import pretrained
 import train
-from conftest import SMALL, error
+from conftest import SMALL, error, read_metrics
 from config import UserError
 from data import tokens
 from model import GPT, ModelConfig
@@ -58,9 +58,8 @@ def test_transformers_computes_the_same(changes, tmp_path):
     greedy = theirs.generate(idx[:, :4], attention_mask=torch.ones(3, 4), max_new_tokens=16, do_sample=False)[:, 4:]
     assert torch.equal(greedy, text) and text.unique().numel() > 4
 
-    shapes, weights = pretrained.read(str(tmp_path / "hf"))
-    back = GPT(ModelConfig(**{k: v for k, v in shapes.items() if k != "vocab_size"},
-                           **{k: v for k, v in state["config"].items() if k.startswith("precond")}), shapes["vocab_size"])
+    shapes, kept, weights = pretrained.read(str(tmp_path / "hf"))
+    back = GPT(ModelConfig(**{k: v for k, v in shapes.items() if k != "vocab_size"}, **kept), shapes["vocab_size"])
     back.load_state_dict(weights)
     torch.testing.assert_close(back(idx)[0], expected, atol=1e-5, rtol=1e-5)
 
@@ -146,9 +145,26 @@ def test_the_script_and_the_way_back(corpus, tmp_path, call):
     assert "is not empty" in error(call(export, f"--out_dir={run}"))
     (run / "hf" / "notes.txt").write_text("mine")
     assert call(export, f"--out_dir={run}", "--overwrite")[0] == 0 and (run / "hf" / "notes.txt").exists()
-    again = tmp_path / "again"
-    assert call(train, *corpus, "--device=cpu", f"--init_from={run / 'hf'}", "--block_size=16", "--precond=True", "--max_iters=1",
-                "--batch_size=4", f"--out_dir={again}")[0] == 0
+
+
+def test_training_goes_on_from_an_export_with_its_context_and_preconditioner(corpus, tmp_path, call):
+    run, folder = tmp_path / "run", tmp_path / "hf"
+    assert call(train, *SMALL, *corpus, "--precond=True", "--precond_power=0.5", "--max_iters=3", f"--out_dir={run}")[0] == 0
+    assert call(export, f"--out_dir={run}", f"--to={folder}")[0] == 0
+    more = [*corpus, f"--init_from={folder}", "--max_iters=0", *SMALL[-3:]]
+    for name, typed, expected in (("same", [], (16, True, 0.5)), ("off", ["--precond=False", "--block_size=8"], (8, False, 0.5)),
+                                  ("paper", ["--precond_power=1"], (16, True, 1.0))):
+        code, _, err = call(train, *more, *typed, f"--out_dir={tmp_path / name}")
+        assert code == 0, err
+        config = checkpoint.read(tmp_path / name / "ckpt.pt")["config"]
+        assert (config["block_size"], config["precond"], config["precond_power"]) == expected
+    before, same, off = (read_metrics(folder) for folder in (run, tmp_path / "same", tmp_path / "off"))
+    assert same[0]["val_loss"] == pytest.approx(before[-1]["val_loss"], abs=1e-5)
+    assert abs(off[0]["val_loss"] - before[-1]["val_loss"]) > 1e-3
+    assert "n_layer=3, but" in error(call(train, *more, "--n_layer=3", f"--out_dir={tmp_path / 'other'}"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"preconditioned_attention": {"grad": False}}))
+    assert "needs grad, eps and power" in error(call(train, *more, f"--out_dir={tmp_path / 'damaged'}"))
 
 
 def test_mistakes(tmp_path, call):

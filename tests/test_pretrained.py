@@ -42,7 +42,7 @@ def folder(reference, tmp_path):
 
 
 def build(source, **options):
-    shapes, state = pretrained.read(source, **options)
+    shapes, _, state = pretrained.read(source, **options)
     vocab_size = shapes.pop("vocab_size")
     model = GPT(ModelConfig(**shapes), vocab_size)
     model.load_state_dict(state)
@@ -105,7 +105,7 @@ def test_shards_half_precision_and_names_without_prefix(reference, tmp_path):
     half.load_state_dict(reference.state_dict())
     half.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    state = pretrained.read(str(tmp_path / "shards"))[1]
+    state = pretrained.read(str(tmp_path / "shards"))[2]
     full = {key: tensor.float() for key, tensor in half.state_dict().items()}
     assert torch.equal(state["blocks.1.attn.qkv.weight"], full["transformer.h.1.attn.c_attn.weight"].t())
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
@@ -116,11 +116,11 @@ def test_shards_half_precision_and_names_without_prefix(reference, tmp_path):
 
 
 def test_buffers_of_old_files_are_ignored(folder):
-    expected = pretrained.read(str(folder))[1]
+    expected = pretrained.read(str(folder))[2]
     resave(folder, lambda t: t.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32),
                                        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
                                        "lm_head.weight": t["transformer.wte.weight"].clone()}))
-    state = pretrained.read(str(folder))[1]
+    state = pretrained.read(str(folder))[2]
     assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
 
 
@@ -205,5 +205,5 @@ def test_published_names_go_through_the_hub(folder, tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text(commit)
     shutil.copytree(folder, repository / "snapshots" / commit)
     expected = pretrained.read(str(folder))
-    shapes, state = pretrained.read("gpt2-medium")
+    shapes, _, state = pretrained.read("gpt2-medium")
     assert shapes == expected[0] and all(torch.equal(state[key], expected[1][key]) for key in expected[1])

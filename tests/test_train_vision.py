@@ -67,10 +67,11 @@ def test_a_stopped_run_resumes_bit_for_bit(task, tmp_path, call, monkeypatch):
 
     code, out, _ = call(train_vision, "--eval_only", "--show=2", f"--out_dir={whole}")
     best = checkpoint.read(whole / "best.pt")["best"]
+    assert best["step"] == max(r["step"] for r in read_metrics(whole) if r.get(best["metric"]) == best["value"])  # of equals the last
     assert code == 0 and f"step {best['step']}: " in out and f"{best['metric']} {best['value']:.4f}" in out
     from PIL import Image
     with Image.open(whole / "val_1.png") as picture:
-        assert picture.size == ((384, 384) if task == "classify" else (776, 384))
+        assert picture.size == ((384, 410) if task == "classify" else (776, 410))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -223,6 +224,7 @@ def test_presets_are_complete():
     (["detect", "--image_size=60"], "patch_size=8 does not divide image_size=60"),
     (["segment", "--query_blocks=3"], "query_blocks=3 must not exceed n_layer=2"),
     (["detect", "--source=nothere"], "nothere: there is nothing of that name"),
+    (["classify", "--source=nothere"], "cifar-10-python.tar.gz (163 MiB) is at https://"),
     (["detect", "--learning_rate=1e30", "--warmup_iters=0", "--max_iters=4", "--grad_clip=0"], "the loss is not finite"),
     (["detect", "--precond_eps=-1"], "precond_eps=-1.0 must not be negative"),
     (["detect", "--precond=True", "--precond_power=inf"], "precond_power=inf must be a finite number"),
