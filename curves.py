@@ -30,7 +30,8 @@ class Run:
             lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
         except OSError as e:
-            raise UserError(f"{folder} is not the folder of a run: {e.filename}: {e.strerror}") from None
+            hint = f". It holds a comparison: draw {folder / 'runs' / '*'}" if (folder / "runs").is_dir() else ""
+            raise UserError(f"{folder} is not the folder of a run: {e.filename}: {e.strerror}{hint}") from None
         except ValueError as e:
             raise UserError(f"the metrics.jsonl or config.toml of {folder} is damaged: {e}") from None
         if lacking := {"seed", "precond", "n_layer", "grad_clip"} - set(config):

@@ -13,6 +13,7 @@ On linear axes the line is the mean over seeds and the band one standard deviati
 logarithmic axes they are the median and the range. Needs matplotlib.
 """
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,6 +38,7 @@ DARK = "#333333"
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.5,
          "lines.markersize": 3.5, "savefig.dpi": 200, "svg.hashsalt": "plot"}  # the salt makes equal figures equal files
+LETTER = 0.08  # the width of a letter in inches, with room to spare
 X_LABELS = {"step": "Training step", "tokens": "Training tokens", "seconds": "Training time (s)"}
 BEFORE, AFTER, WOULD_BE = "--", "-", ":"  # line styles of A, of C A, and of the C A that a run without C could have
 
@@ -146,7 +148,9 @@ def canvas(groups: Groups, count: int, columns: int, size: tuple[float, float], 
             ax.tick_params(labelbottom=True)
         if x == "tokens":
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.suptitle(f"{title}\n{subject(groups)}", fontsize=9)
+    said = f"{title}\n{subject(groups)}"
+    figure.suptitle(said, fontsize=9)
+    figure.set_figwidth(max(figure.get_figwidth(), LETTER * max(map(len, said.split("\n")))))
     return figure, axes[:count]
 
 
@@ -158,8 +162,8 @@ def tiling(count: int) -> int:
 def key(figure, groups: Groups, styles: dict[str, str] | None = None):
     """Say below the axes which colour is which group, and what the markers and line styles {meaning: style} stand for."""
     from matplotlib.lines import Line2D
-    styles, letter, row = styles or {}, 0.08, 0.2  # inches
-    widest = letter * (max(map(len, groups)) + 7)
+    styles, row = styles or {}, 0.2  # inches
+    widest = LETTER * (max(map(len, groups)) + 7)
     figure.set_figwidth(max(figure.get_figwidth(), widest + (2.0 if styles else 0.0)))
     columns = 1 if styles else min(len(groups), int(figure.get_figwidth() / widest))
     figure.set_figheight(figure.get_figheight() + row * max(-(-len(groups) // columns), len(styles)))
@@ -355,7 +359,7 @@ def spectrum(groups: Groups, values: dict[str, list[tuple[np.ndarray, float]]], 
     figure, axes = canvas(groups, len(groups), tiling(len(groups)), (2.6, 2.5), title, "Index i", sharex=True, sharey=True)
     for ax, colour, (label, runs) in zip(axes, COLOURS, groups.items()):
         ax.set_yscale("log")
-        ax.set_title(label.replace(", ", ",\n") + ("" if applied(runs) else " (C not applied)"))
+        ax.set_title(textwrap.fill(label + ("" if applied(runs) else " (C not applied)"), int(2.6 / LETTER)))
         keys = ("A", BEFORE, DARK), ("C A", AFTER if applied(runs) else WOULD_BE, colour)
         for (s, median), (name, style, shade) in zip(values[label], keys):
             index = np.arange(1, s.shape[1] + 1)

@@ -170,8 +170,9 @@ def check(model: torch.nn.Module, *args, **inputs) -> int:
     n = count()
     if not n:
         raise RuntimeError(f"no attention call of {type(model).__name__} was preconditioned: give it attn_implementation='preconditioned' "
-                           "or run it inside precondition_sdpa(), with a power other than 0; a model whose attention uses neither "
-                           "transformers' interface nor scaled_dot_product_attention needs precond.precondition in its own code")
+                           "or run it inside precondition_sdpa(), with a power other than 0. transformers' eager attention and "
+                           "nn.MultiheadAttention with need_weights=True, its default, go round scaled_dot_product_attention; a model that "
+                           "writes its attention out by hand needs precond.precondition in its own code")
     if missed := [name for name, unreached in silent.items() if unreached]:
         warnings.warn(f"{n} attention calls of {type(model).__name__} were preconditioned, but none in {', '.join(missed)}", stacklevel=2)
     return n

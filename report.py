@@ -8,7 +8,7 @@ from pathlib import Path
 import stats
 from config import UserError
 
-METRICS = ("val_ap", "val_accuracy", "val_loss")  # the first that a run records is what it is judged by
+METRICS = {"val_ap": "in percent", "val_accuracy": "as a fraction", "val_loss": "in nats"}  # a run is judged by the first that it records
 DIFFERENCE = ("difference", "95% interval", "seeds won", "p (Holm)")
 
 
@@ -135,7 +135,7 @@ def conclusion(name: str, arm: dict, baseline: str, metric: str) -> str:
         return f"{name} cannot be compared: {baseline} diverged on some seeds."
     pair = arm["paired"]
     if pair["sd"] == 0 and pair["mean"] == 0:
-        return f"{name} equals {baseline} exactly on all {pair['n']} seeds."
+        return f"{name} has exactly the {metric} of {baseline} on all {pair['n']} seeds."
     if pair["p_holm"] < 0.05:
         better = (pair["mean"] < 0) == lower_is_better(metric)
         return (f"{name} is {'better' if better else 'worse'} than {baseline}: {metric} differs by {pair['mean']:+.4f} (95% interval "
@@ -172,7 +172,8 @@ def write(folder: Path, folders: dict[str, list[Path]], beside: dict[str, str], 
     baseline = next(iter(arms))
     lines = [f"`{command}`", "", f"torch {summary['torch']}, {summary['device']}, {summary['dtype']}, threads={summary['threads']}, "
              f"{summary['training_seconds']:,.0f} s of training in all.",
-             f"{metric} at the last step, {len(arms[baseline]['seeds'])} seeds; differences are paired by seed, to {baseline}.", ""]
+             f"{metric}, {METRICS[metric]}, at the last step, {len(arms[baseline]['seeds'])} seeds; differences are paired by seed, to "
+             f"{baseline}.", ""]
     tested = any("test_accuracy" in arm for arm in arms.values())
     rows = []
     for name, arm in arms.items():
@@ -184,11 +185,13 @@ def write(folder: Path, folders: dict[str, list[Path]], beside: dict[str, str], 
     if arms[baseline]["diverged"]:
         lines[-1:] = [f"The baseline {baseline} diverged on the seeds {', '.join(map(str, arms[baseline]['diverged']))}.", ""]
     if summary["within"]:
-        lines += ["Differences within the grid:", ""]
-        lines += table(["arm", "compared with", *DIFFERENCE],
-                       [[name, arm["to"], *difference(arm)] for name, arm in summary["within"].items()])
+        within = summary["within"]
+        lines += ["Within the grid, the last --vary alone, the other option being equal; p is corrected over this table:", ""]
+        lines += table(["arm", "compared with", *DIFFERENCE], [[name, arm["to"], *difference(arm)] for name, arm in within.items()])
+        lines += [conclusion(name, {key: arms[name][key] for key in ("seeds", "diverged")} | arm, arm["to"], metric)
+                  for name, arm in within.items()] + [""]
     serial = summary["serial"]
-    lines += table(["arm", f"steps to the result of {baseline}", "seeds that reach it"] + ["seconds", "tokens/s"] * serial
+    lines += table(["arm", f"median steps to the result of {baseline}", "seeds that reach it"] + ["seconds", "tokens/s"] * serial
                    + ["peak memory (MB)"],
                    [[name, number(arm.get("steps_to_target"), ".0f"), arm["reached_target"]]
                     + ([number(arm.get("seconds_to_target"), ".1f"), number(arm.get("tokens_per_s"), ",.0f")] if serial else [])

@@ -99,7 +99,7 @@ def test_pairs_are_exact_and_stopping_changes_nothing(corpus, tmp_path, call, mo
     code, out, _ = call(compare, *common, *off, *again, f"--out_dir={tmp_path / 'parts'}")
     parts = json.loads((tmp_path / "parts/compare.json").read_text())
     same = parts["arms"]["again"]
-    assert code == 0 and "again equals off exactly on all 2 seeds" in out
+    assert code == 0 and "again has exactly the val_loss of off on all 2 seeds" in out
     assert same["differences"] == [0, 0] and (same["paired"]["low"], same["paired"]["high"], same["paired"]["p"]) == (0, 0, 1)
     assert parts["arms"]["off"]["final"] == whole["arms"]["off"]["final"]
     assert not parts["serial"] and "| tokens/s" not in out and "run with --jobs=1" in out
@@ -136,8 +136,9 @@ def test_a_grid_is_also_compared_within_the_first_option(study):
     """The rate adds 1 to all losses where it is 1.001, which differences within it do not see."""
     (code, out, _), result = study("--vary", "learning_rate=1e-3,1.001", "--vary", "precond_power=0,1,8", "--seeds=3")
     arms, within = result["arms"], result["within"]
-    assert code == 0 and "Differences within the grid" in out
     slow, fast = "learning_rate=1e-3 precond_power=", "learning_rate=1.001 precond_power="
+    told = out.partition("Within the grid, the last --vary alone")[2]
+    assert code == 0 and f"{fast}1 is better than {fast}0: val_loss differs by" in told and f"{fast}8 diverged on 1 of 3 seeds" in told
     assert {name: arm["to"] for name, arm in within.items()} == {name + p: name + "0" for name in (slow, fast) for p in "18"}
     assert within[slow + "1"]["differences"] == arms[slow + "1"]["differences"]
     expected = [b - a for a, b in zip(arms[fast + "0"]["final"], arms[fast + "1"]["final"])]

@@ -279,6 +279,8 @@ def test_a_line_that_is_being_written_is_left_alone(tmp_path):
 def test_folders_that_hold_no_run(tmp_path, call):
     run = invent(tmp_path / "run")
     assert "metrics.jsonl: No such file" in error(call(plot, run, tmp_path))
+    invent(tmp_path / "comparison" / "runs" / "one")
+    assert f"It holds a comparison: draw {tmp_path / 'comparison' / 'runs'}/*" in error(call(plot, tmp_path / "comparison"))
     for content, said in ("", "nothing to draw yet"), ("{}\nnonsense\n", "line 2 is damaged"), (b"\xff".decode("latin-1"), "damaged"):
         (run / "metrics.jsonl").write_text(content, encoding="latin-1")
         assert said in error(call(plot, run))
