@@ -165,18 +165,24 @@ class Comparison:
         typed = self.parse([])[1]
         for name in OURS.keys() & typed.keys():
             raise UserError(f"--{name} cannot be given here: {OURS[name]}")
+        evaluated = set()
         for arm in self.arms:
             mine = [word[2:].partition("=")[0] for word in arm.words]
-            for key in mine:
+            for key in [*mine, *([self.tune_key] if self.tune_key else [])]:
                 options.find(key, options.options(self.module.Config))
                 if key in OURS or key in DATA:
-                    raise UserError(f"the arm {arm.name!r} sets {key}: " + OURS.get(key, "arms on different data cannot be paired"))
+                    raise UserError(f"{f'the arm {arm.name!r} sets' if key in mine else '--tune sets'} {key}: "
+                                    + OURS.get(key, "arms on different data cannot be paired"))
             if self.tune_key in mine:
                 raise UserError(f"{self.tune_key} is tuned, and set by the arm {arm.name!r}: choose one")
             for value in self.tune_values or [None]:
                 run = self.run_of(arm, self.config.first_seed, value)
                 if run.steps < 1:
                     raise UserError("max_iters=0 trains nothing that could be compared")
+                evaluated.add(run.identity["config"]["batch_size"] * run.identity["config"]["eval_iters"])
+        if len(evaluated) > 1:
+            raise UserError(f"batch_size x eval_iters would be {' or '.join(map(str, sorted(evaluated)))}: arms that are evaluated on different "
+                            "samples cannot be paired. Give both options in each --arm, with one product")
 
     def parse(self, words: list[str]) -> tuple[Any, dict]:
         """-> (the script's configuration with these options, those typed). Raises UserError."""

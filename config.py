@@ -17,11 +17,11 @@ class UserError(Exception):
     """Something the user can mend: `run` prints its message as one line and exits with code 2."""
 
 
-def run(main, *errors: type[Exception]):
-    """Call main(); a UserError, or one of `errors`, ends the program with one line and exit code 2 (rank 0 prints it)."""
+def run(main):
+    """Call main(); a UserError ends the program with one line and exit code 2 (rank 0 prints it)."""
     try:
         main()
-    except (UserError, *errors) as e:
+    except UserError as e:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         if "RANK" in os.environ:  # freeing a DDP model waits, with the GIL, for gloo's threads, which after an error may want the GIL
@@ -100,8 +100,9 @@ def resume(cls: type, saved: dict[str, Any], typed: dict[str, Any], preset: dict
     for key, value in (preset | typed).items():
         fixed = fields[key].mark == "fixed" or fields[key].mark == "fixed in training" and not evaluate
         if fixed and saved.get(key, fields[key].default) != value:
-            given = f"--{key}={value}" if key in typed else f"{key}={value}, which the preset sets,"
-            raise UserError(f"{given} cannot change on resume: the run has {key}={saved.get(key, fields[key].default)}")
+            has = f"cannot change on resume: the run has {key}={saved.get(key, fields[key].default)}"
+            raise UserError(f"--{key}={value} {has}" if key in typed else
+                            f"{key}={value}, which the preset sets, {has}. Leave out the preset, or the name of the task that stands for it")
     return build(cls, saved | typed)
 
 

@@ -106,12 +106,12 @@ class Compute:
             torch.backends.cudnn.allow_tf32 = convolution
 
     def together(self, work, alone: bool):
-        """work() where `alone` is true; a UserError or ValueError it raises is raised on every process, so that none waits for another."""
+        """work() where `alone` is true; a UserError it raises is raised on every process, so that none waits for another."""
         result, error = None, None
         if alone:
             try:
                 result = work()
-            except (UserError, ValueError) as e:
+            except UserError as e:
                 error = str(e)
         if errors := [e for e in self.gather(error) if e]:
             raise UserError(errors[0])
@@ -128,10 +128,12 @@ class Compute:
         return [t.to(self.device) for t in tensors]
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model behind DistributedDataParallel where there are several processes."""
+        """The model behind DistributedDataParallel where there are several processes. Its buffers are constants: they need no broadcast,
+        in which a process without a batch to evaluate would be missed."""
         if not self.ddp:
             return model
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
+                                                         broadcast_buffers=False)
 
     def reduce(self, values: list[float], how: str = "sum") -> list[float]:
         """Sums (or maxima) over the processes, as Python floats, the same on all."""

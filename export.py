@@ -163,4 +163,4 @@ def main():
 
 
 if __name__ == "__main__":
-    options.run(main, text.DataError)
+    options.run(main)

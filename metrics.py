@@ -29,10 +29,13 @@ class Metrics:
         """Drop the records after `step` (None: all of them), and a last line that a kill left unfinished."""
         kept = []
         if step is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.endswith("\n") or json.loads(line)["step"] > step:
-                    break
-                kept.append(line)
+            try:
+                for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+                    if not line.endswith("\n") or json.loads(line)["step"] > step:
+                        break
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{self.path} is damaged after {len(kept)} lines: mend it or move it away, and resume again") from None
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, self.path)

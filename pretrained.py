@@ -55,6 +55,21 @@ def read(source: str, block_size: int | None = None) -> tuple[dict, dict, dict[s
     return shapes, precond, state
 
 
+def check_vocabulary(source: str, weights: dict[str, torch.Tensor], meta: dict):
+    """Raises UserError where the tokens of prepared text, whose meta.json this is, are not those that `source` was trained on: another
+    number of them, or other characters than those in the tokenizer.json of export.py."""
+    rows, tokenizer = len(weights["wte.weight"]), meta["tokenizer"]
+    if rows != meta["vocab_size"]:
+        raise UserError(f"{source} has a vocabulary of {rows:,}, the text one of {meta['vocab_size']:,} ({tokenizer['name']}): choose "
+                        "--tokenizer as it was trained, and for characters a text with the same ones")
+    path = Path(source) / "tokenizer.json"
+    if tokenizer["name"] == "char" and path.exists():
+        known = _read_json(path).get("model", {}).get("vocab", {})
+        if known != {c: i for i, c in enumerate(tokenizer["chars"])}:
+            raise UserError(f"{source} was trained on other characters than the text's: train on a text with the same ones, or export a "
+                            "model with --tokenizer=gpt2 or bytes")
+
+
 def _download(name: str) -> Path:
     """Fetch a published GPT-2 into huggingface_hub's cache and return its folder."""
     try:

@@ -74,10 +74,10 @@ def pairing(group: list[Result], other: list[Result], metric: str) -> dict:
 
 
 def correct(arms):
-    """Add Holm's p values to those that have a pairing."""
+    """Add Holm's p values, and the seeds that a difference needs to be seen among as many, to those that have a pairing."""
     compared = [arm["paired"] for arm in arms if "paired" in arm]
     for pair, p in zip(compared, stats.holm([pair["p"] for pair in compared])):
-        pair["p_holm"] = p
+        pair |= {"p_holm": p, "seeds_needed": stats.seeds_needed(pair["mean"], pair["sd"], alpha=0.05 / len(compared))}
 
 
 def summarise(folders: dict[str, list[Path]], beside: dict[str, str]) -> dict:
@@ -171,7 +171,7 @@ def write(folder: Path, folders: dict[str, list[Path]], beside: dict[str, str], 
     metric, arms = summary["metric"], summary["arms"]
     baseline = next(iter(arms))
     lines = [f"`{command}`", "", f"torch {summary['torch']}, {summary['device']}, {summary['dtype']}, threads={summary['threads']}, "
-             f"{summary['training_seconds']:,.0f} s of training in all.",
+             f"{summary['training_seconds']:,.0f} s of training in the runs below.",
              f"{metric}, {METRICS[metric]}, at the last step, {len(arms[baseline]['seeds'])} seeds; differences are paired by seed, to "
              f"{baseline}.", ""]
     tested = any("test_accuracy" in arm for arm in arms.values())
@@ -213,7 +213,8 @@ def write(folder: Path, folders: dict[str, list[Path]], beside: dict[str, str], 
         lines += [f"Mean {metric} by {tune}, on other seeds; each arm has its best one (*):", ""]
         lines += table(["arm", *values], [[name, *("diverged" if mean is None else f"{mean:.4f}" + "*" * (value == chosen[name])
                                                    for value, mean in means.items())] for name, means in tuned.items()])
-        if edge := [name for name, value in chosen.items() if value in (min(values, key=rank), max(values, key=rank))]:
+        ordered = sorted(filter(is_number, values), key=float)
+        if edge := [name for name, value in chosen.items() if ordered and value in (ordered[0], ordered[-1])]:
             lines += [f"The best {tune} of {', '.join(edge)} is at the end of the values tried: a wider range may change the result.", ""]
     text = "\n".join(lines)
     folder.mkdir(parents=True, exist_ok=True)
@@ -222,12 +223,12 @@ def write(folder: Path, folders: dict[str, list[Path]], beside: dict[str, str], 
     return text
 
 
-def rank(value: str) -> float | str:
-    """Numbers in their order, words in the alphabet's."""
+def is_number(value: str) -> bool:
     try:
-        return float(value)
+        float(value)
     except ValueError:
-        return value
+        return False
+    return True
 
 
 def test_difference(arm: dict) -> str:

@@ -95,9 +95,10 @@ def code_hash(script: Path) -> str:
 
 @functools.cache
 def content(path: str) -> str:
-    """A hash of what a file holds, or of the names and sizes of a folder's files."""
+    """A hash of what a file holds, or of a folder's files: their names, their sizes, and what models and annotations hold."""
     if os.path.isfile(path):
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
-    files = sorted((p.relative_to(path).as_posix(), p.stat().st_size) for p in Path(path).rglob("*") if p.is_file())
+    files = sorted((p.relative_to(path).as_posix(), content(str(p)) if p.suffix in (".safetensors", ".json") else p.stat().st_size)
+                   for p in Path(path).rglob("*") if p.is_file())
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()

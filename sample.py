@@ -171,4 +171,4 @@ def main():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has seen enough
-    options.run(main, text.DataError)
+    options.run(main)

@@ -43,8 +43,10 @@ def find_run(config: TrainerConfig, preset: dict, typed: dict) -> tuple[Any, dic
     """
     folder = Path(config.out_dir)
     exists = (folder / "ckpt.pt").exists()
-    read = config.init_from == "resume" or (config.init_from == "auto" and exists) or (config.eval_only and config.init_from == "scratch")
-    if not read:
+    goes_on = config.init_from == "resume" or config.init_from == "auto" and exists
+    if config.eval_only:  # of other weights only where they are asked for, not where a preset says what the run started from
+        goes_on = config.init_from in ("scratch", "resume", "auto") or exists and "init_from" not in typed
+    if not goes_on:
         if exists and not config.overwrite and not config.eval_only:
             raise UserError(f"{folder} holds a run: continue it with --init_from=resume, choose another folder with --out_dir=NAME, "
                             "or replace it with --overwrite")
@@ -55,10 +57,14 @@ def find_run(config: TrainerConfig, preset: dict, typed: dict) -> tuple[Any, dic
         raise UserError(f"the checkpoint in {folder} cannot be used: it lacks {', '.join(missing)} (best.pt holds the model alone)")
     kept = {key: value for key, value in typed.items() if key not in ("init_from", "overwrite")}
     typed = kept | {"out_dir": config.out_dir, "eval_only": config.eval_only}
-    config = options.resume(type(config), saved["config"], typed, preset, evaluate=config.eval_only)
-    old = saved["config"]["batch_size"] * saved["config"]["gradient_accumulation_steps"]
-    if config.global_batch != old and not config.eval_only:
-        raise UserError(f"batch_size x gradient_accumulation_steps = {config.global_batch} cannot change on resume: the run has {old}")
+    before = saved["config"]
+    evaluated = before["batch_size"] * before["eval_iters"]
+    if "batch_size" in typed and "eval_iters" not in typed:
+        typed["eval_iters"] = max(1, evaluated // typed["batch_size"])
+    config = options.resume(type(config), before, typed, preset, evaluate=config.eval_only)
+    for name, old in (("gradient_accumulation_steps", before["batch_size"] * before["gradient_accumulation_steps"]), ("eval_iters", evaluated)):
+        if (new := config.batch_size * getattr(config, name)) != old and not config.eval_only:
+            raise UserError(f"batch_size x {name} = {new} cannot change on resume: the run has {old}")
     announce(config, saved, typed)
     return config, typed, saved
 

@@ -42,14 +42,13 @@ def t_quantile(p: float, df: float) -> float:
 
 @dataclass
 class Paired:
-    """Differences of pairs: mean, standard deviation, 95% interval, two-sided p value of the t test, seeds needed to see the mean."""
+    """Differences of pairs: mean, standard deviation, 95% interval, two-sided p value of the t test."""
     n: int
     mean: float
     sd: float
     low: float
     high: float
     p: float
-    seeds_needed: int | None
 
 
 def paired(differences: list[float]) -> Paired:
@@ -57,21 +56,23 @@ def paired(differences: list[float]) -> Paired:
     n = len(differences)
     mean, sd = statistics.fmean(differences), statistics.stdev(differences)
     if sd == 0:
-        return Paired(n, mean, 0.0, mean, mean, 1.0 if mean == 0 else 0.0, None if mean == 0 else 2)
+        return Paired(n, mean, 0.0, mean, mean, 1.0 if mean == 0 else 0.0)
     error = sd / math.sqrt(n)
     half = t_quantile(0.975, n - 1) * error
-    return Paired(n, mean, sd, mean - half, mean + half, t_tail(mean / error, n - 1), seeds_needed(mean, sd))
+    return Paired(n, mean, sd, mean - half, mean + half, t_tail(mean / error, n - 1))
 
 
-def seeds_needed(mean: float, sd: float, power: float = 0.8, most: int = 100_000) -> int | None:
-    """Pairs at which a two-sided t test at 5% finds a true difference `mean` with the given power; None above `most`.
+def seeds_needed(mean: float, sd: float, power: float = 0.8, alpha: float = 0.05, most: int = 100_000) -> int | None:
+    """Pairs at which a two-sided t test at level alpha finds a true difference `mean` with the given power; None above `most`.
 
-    By n >= ((t_0.975 + t_power) sd / mean)^2, with quantiles for n - 1 degrees of freedom.
+    By n >= ((t_(1 - alpha/2) + t_power) sd / mean)^2, with quantiles for n - 1 degrees of freedom.
     """
-    if mean == 0 or (2.802 * sd / mean) ** 2 > most:  # 2.802: the normal quantiles' sum, which t's exceed
+    normal = statistics.NormalDist()
+    least = normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)  # t's quantiles exceed the normal distribution's
+    if mean == 0 or (least * sd / mean) ** 2 > most:
         return None
-    n = max(2, math.ceil((2.8 * sd / mean) ** 2))
-    while n < ((t_quantile(0.975, n - 1) + t_quantile(power, n - 1)) * sd / mean) ** 2:
+    n = max(2, math.ceil((least * sd / mean) ** 2))
+    while n < ((t_quantile(1 - alpha / 2, n - 1) + t_quantile(power, n - 1)) * sd / mean) ** 2:
         n += 1
     return n
 

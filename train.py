@@ -9,7 +9,7 @@
 """
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -87,12 +87,13 @@ def start_from_pretrained(config: Config, given: dict) -> tuple[Config, dict]:
     cuts its positions; the preconditioner that an export names is kept where they do not say otherwise."""
     shapes, precond, weights = pretrained.read(config.init_from, given.get("block_size"))
     vocab_size = shapes.pop("vocab_size")
+    shapes |= {"attention": "softmax", "n_inner": 0}
     for key, value in shapes.items():
-        if key in given and given[key] != value:
+        if key in given and given[key] not in (value, 4 * shapes["n_embd"] if key == "n_inner" else value):
             raise UserError(f"{key}={given[key]}, but {config.init_from} has {key}={value}: leave the option out")
     tokenizer = "gpt2" if config.tokenizer == "auto" and vocab_size == GPT2_VOCABULARY else config.tokenizer
     kept = {key: value for key, value in precond.items() if key not in given}
-    return replace(config, **shapes, **kept, n_inner=0, attention="softmax", tokenizer=tokenizer), weights
+    return options.build(Config, asdict(config) | shapes | kept | {"tokenizer": tokenizer}), weights
 
 
 def main():
@@ -106,6 +107,7 @@ def main():
         torch.manual_seed(config.seed)
         model = GPT(config, task.meta["vocab_size"])
         if weights:
+            pretrained.check_vocabulary(config.init_from, weights, task.meta)
             load_weights(model, model.state_dict() | weights, config.init_from)  # a learned power is not among the weights
         if compute.main:
             print(f"data: {folder}, {len(task.blocks.tokens):,} training and {len(task.val):,} validation tokens, "
@@ -122,4 +124,4 @@ def main():
 
 
 if __name__ == "__main__":
-    options.run(main, text.DataError)
+    options.run(main)

@@ -12,7 +12,7 @@ is chosen on the validation split; the test split is read once, for that checkpo
 """
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,7 +25,6 @@ import session
 from config import UserError
 from data import listops, lra
 from data.order import Shuffled
-from data.text import DataError
 from device import Compute
 from model import Classifier, ModelConfig
 from trainer import Trainer, TrainerConfig
@@ -72,6 +71,8 @@ class Config(TrainerConfig, ModelConfig):
     def __post_init__(self):
         ModelConfig.__post_init__(self)
         TrainerConfig.__post_init__(self)
+        if self.show < 0:
+            raise ValueError(f"show={self.show} must not be negative")
 
 
 class Classification:
@@ -135,7 +136,8 @@ def prepare(config: Config) -> Path:
 
 
 def test(config: Config, task: Classification, model: Classifier, compute: Compute):
-    """Print, and write to test.json, the accuracy of the best checkpoint on the test split, beside answers that read no sequence."""
+    """Print the accuracy of the best checkpoint on the test split, beside answers that read no sequence; write it to test.json unless an
+    evaluation changes the preconditioner."""
     folder = Path(config.out_dir)
     best = checkpoint.read(folder / "best.pt")
     checkpoint.restore_model(model, task, best, folder)
@@ -144,7 +146,8 @@ def test(config: Config, task: Classification, model: Classifier, compute: Compu
     if compute.main:
         result = {"step": best["step"], "val_accuracy": best["best"]["value"], "test_accuracy": accuracy, "test_loss": loss,
                   "test_samples": len(task.splits["test"]), "baselines": baselines}
-        (folder / "test.json").write_text(json.dumps(result, indent=1) + "\n")
+        if all(best["config"][name] == getattr(config, name) for name in asdict(config) if name.startswith("precond")):
+            (folder / "test.json").write_text(json.dumps(result, indent=1) + "\n")
         names = {"majority": "the most frequent class", "root": "the most frequent class of the root operator"}
         print(f"test accuracy {accuracy:.1%} on {result['test_samples']:,} samples (best checkpoint by validation accuracy, step {best['step']})")
         for name, value in baselines.items():
@@ -201,4 +204,4 @@ def main():
 
 
 if __name__ == "__main__":
-    options.run(main, DataError)
+    options.run(main)

@@ -9,7 +9,8 @@
 
 The models are small ViT, YOLOS and EoMT (vision.py). Without a --source the images are generated (data/shapes.py); a source is
 CIFAR-10's archive (classify), or a folder in COCO's format (detect, segment; see data/coco.py). The metric is accuracy, or average
-precision of boxes or masks as pycocotools computes it, in percent, on images that training does not see. A token is a patch.
+precision of boxes or masks as pycocotools computes it, in percent, on images that training does not see. A token is a patch. The losses
+of detect and segment divide by the objects of a forward pass, so training depends a little on how a step's images are split into them.
 """
 import sys
 from dataclasses import dataclass
@@ -51,8 +52,8 @@ class Config(TrainerConfig, VisionConfig):
     def __post_init__(self):
         VisionConfig.__post_init__(self)
         TrainerConfig.__post_init__(self)
-        if self.n_val < 1:
-            raise ValueError(f"n_val={self.n_val} must be at least 1")
+        if self.n_val < 1 or self.show < 0:
+            raise ValueError(f"n_val={self.n_val} must be at least 1, show={self.show} not negative")
 
 
 class VisionTask:
@@ -61,6 +62,10 @@ class VisionTask:
     def __init__(self, config: Config):
         self.config, self.seed, self.classify = config, config.seed, config.task == "classify"
         self.data = open_data(config.task, config.source, config.data_dir, config.image_size, config.seed, config.n_val)
+        n = min(config.eval_iters * config.batch_size, len(self.data.val))
+        self.evaluated = np.arange(n) * len(self.data.val) // n
+        if not self.classify and not set(self.evaluated) & {a["image_id"] for a in self.data.truth["annotations"] if not a["iscrowd"]}:
+            raise DataError(f"none of the {n} validation images that are evaluated has an object: raise --eval_iters")
         self.values_per_token = 3 * config.patch_size**2
         self.train_metrics = ("train_loss", "train_accuracy") if self.classify else ("train_loss",)
         self.objective = ("val_accuracy" if self.classify else "val_ap", "max")
@@ -78,9 +83,7 @@ class VisionTask:
     def evaluate(self, model, compute: Compute) -> dict[str, float]:
         """Batches, not samples, go round the processes, so that a loss that divides by a batch's objects does not depend on their number.
         EoMT's loss draws random points: the same ones each time, apart from training's."""
-        size = self.config.batch_size
-        n = min(self.config.eval_iters * size, len(self.data.val))
-        indices = np.arange(n) * len(self.data.val) // n
+        size, indices, n = self.config.batch_size, self.evaluated, len(self.evaluated)
         total, right, found = 0.0, 0, []
         with torch.random.fork_rng([compute.device] if compute.device.type == "cuda" else []):
             for i in range(compute.rank * size, n, compute.world * size):
@@ -202,4 +205,4 @@ def main():
 
 
 if __name__ == "__main__":
-    options.run(main, DataError)
+    options.run(main)

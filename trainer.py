@@ -17,7 +17,7 @@ import math
 import shutil
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -312,7 +312,7 @@ class Trainer:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not resuming or self.step < config.max_iters:
-                options.save(config, self.folder / "config.toml")
+                options.save(replace(config, overwrite=False), self.folder / "config.toml")
             wandb = {"project": config.wandb_project, "name": config.wandb_run_name or None, "config": asdict(config)}
             metrics = Metrics(self.folder, self.step if resuming else -1, config.max_iters, config.tensorboard, wandb if config.wandb_log else None)
             if not resuming:

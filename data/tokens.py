@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from config import UserError
+
 SHARD = 2**27  # most tokens in one file
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that cannot be used: one line that says what is wrong, where, and what to do."""
 
 

@@ -50,8 +50,11 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
         meta = json.loads((folder / "meta.json").read_text())
         truth = json.loads((folder / "val.json").read_text()) if task != "classify" else None
         train, val = (Stored(folder, split, task, size, meta["counts"][split]) for split in ("train", "val"))
+        changed = stamps(Path(source)) not in ({}, meta["stamps"])  # without the source the prepared folder is enough
     except (OSError, ValueError, KeyError) as e:
         raise DataError(f"{folder} is not a prepared folder ({e}): delete it and prepare it again") from None
+    if changed:
+        raise DataError(f"{source} has changed since {folder} was made of it: delete {folder} to read it again")
     state = {name: meta[name] for name in ("task", "source", "size", "counts", "classes", "sha256")}
     return Data(train, val, meta["classes"], truth, state)
 
@@ -174,14 +177,29 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
             print(f"  {line}")
         if len(unreadable) > NAMED:
             print(f"  and {len(unreadable) - NAMED:,} more", flush=True)
-        sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(work.glob("*_labels.npy"))}
-        return parameters | {"classes": classes, "counts": counts, "skipped": skipped, "sha256": sums}
+        return parameters | {"stamps": stamps(source), "classes": classes, "counts": counts, "skipped": skipped,
+                             "sha256": {path.name: content(path) for path in sorted(work.iterdir())}}
 
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise DataError("reading images needs pillow: pip install -r requirements-extra.txt") from None
     try:
         ensure(folder, fill)
     except OSError as e:
         raise DataError(f"cannot prepare {task} in {folder}: {e}") from None
     return folder
+
+
+def stamps(source: Path) -> dict[str, list[int]]:
+    """Size and time of the archive, the annotations or CIFAR-10's batches; empty where they are gone."""
+    files = [source] if source.is_file() else [*(source / "annotations").glob("*.json"), *source.glob("*_batch*")]
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
+
+
+def content(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fill_cifar10(work: Path, source: Path, task: str, size: int):

@@ -15,7 +15,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
 torch.set_num_threads(1)
 
 import config as options  # noqa: E402
-from data.text import DataError  # noqa: E402
 
 SMALL = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --eval_iters=2 --device=cpu".split()
 TIMING = {"elapsed_s", "tokens_per_s", "ms_per_step", "peak_memory_mb", "mfu"}
@@ -47,7 +46,7 @@ def call(monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            options.run(module.main, DataError)
+            options.run(module.main)
         except SystemExit as e:
             code = e.code
         out, err = capsys.readouterr()

@@ -149,6 +149,11 @@ def test_a_grid_is_also_compared_within_the_first_option(study):
     assert study("--vary", "precond_power=0,1", "--seeds=2")[1]["within"] == {}
 
 
+def test_words_can_be_tuned(study):
+    (code, out, _), _ = study("--vary", "precond_power=0,1", "--seeds=2", "--tune", "lr_schedule=cosine,linear")
+    assert code == 0 and "Mean val_loss by lr_schedule" in out and "at the end of the values tried" not in out
+
+
 def test_higher_accuracy_is_better(study, fake):
     fake("val_accuracy")
     (_, out, _), result = study("--vary", "precond_power=0,1", "--seeds=3", "--tune", "learning_rate=1e-3,1e-2", script="train_lra.py")
@@ -338,6 +343,9 @@ VARY = ["--vary", "precond=False,True"]
     (["--tune", "learning_rate", *VARY], "write --tune"),
     (["--tune", "learning_rte=1,2", *VARY], "did you mean --learning_rate"),
     (["--tune", "precond=False,True", *VARY], "is tuned, and set by the arm"),
+    (["--tune", "dataset=a.txt,b.txt", *VARY], "--tune sets dataset: arms on different data cannot be paired"),
+    (["--tune", "seed=1,2", *VARY], "--tune sets seed: --seeds and --first_seed choose the seeds"),
+    (["--vary", "batch_size=4,12"], "batch_size x eval_iters would be 400 or 1200"),
     (["--tune", "learning_rate=1,2", "--first_seed=100000", *VARY], "nor reach the seeds of --tune"),
     (["--device=cuda:77", *VARY], "asked for, but"),
 ])

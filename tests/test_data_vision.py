@@ -81,6 +81,14 @@ def test_coco_folder(source, tmp_path, capsys):
     assert torch.equal(masks[0, 1], expected)
     again = vision.open_data("segment", str(source), str(tmp_path / "data"), SIZE, seed=1, n_val=0)
     assert "preparing" not in capsys.readouterr().out and again.state == data.state
+    change(source, bbox=[10, 5, 30, 20])
+    with pytest.raises(DataError, match="has changed since .* was made of it"):
+        vision.open_data("segment", str(source), str(tmp_path / "data"), SIZE, seed=1, n_val=0)
+    other = vision.open_data("segment", str(source), str(tmp_path / "other"), SIZE, seed=1, n_val=0)
+    assert other.state != data.state and other.state["counts"] == data.state["counts"]  # a box is another
+    source.rename(tmp_path / "gone")
+    vision.open_data("segment", str(source), str(tmp_path / "other"), SIZE, seed=1, n_val=0)
+    (tmp_path / "gone").rename(source)
 
     boxes = vision.open_data("detect", str(source), str(tmp_path / "data"), SIZE, seed=1, n_val=0)
     _, counts, labels, centred = boxes.train.batch([0])

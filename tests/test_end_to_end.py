@@ -117,12 +117,45 @@ def test_what_a_run_is_cannot_change_on_resume_through_an_option_or_a_preset(cor
     again = ["--init_from=resume", f"--out_dir={run}", "--max_iters=4"]
     assert "n_layer=3, which the preset sets, cannot change on resume: the run has n_layer=2" in error(call(train, preset, *again))
     assert "--precond=True cannot change on resume: the run has precond=False" in error(call(train, *again, "--precond=True"))
+    assert "batch_size x eval_iters = 9 cannot change on resume: the run has 8" in error(
+        call(train, *again, "--batch_size=1", "--gradient_accumulation_steps=4", "--eval_iters=9"))
     code, out, _ = call(train, run / "config.toml", *again)
     assert code == 0 and "max_iters 2 -> 4" in out
     # an evaluation can take the preconditioner away, or put one in, but not change the model
     plain, other = (call(train, "--eval_only", f"--out_dir={run}", *more) for more in ([], ["--precond=True"]))
     assert plain[0] == other[0] == 0 and plain[1].splitlines()[-1] != other[1].splitlines()[-1]
     assert "cannot change on resume" in error(call(train, "--eval_only", f"--out_dir={run}", preset))
+
+
+def test_smaller_batches_are_evaluated_on_the_same_tokens(corpus, tmp_path, call):
+    assert call(train, *SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=2")[0] == 0
+    again = ["--init_from=resume", "--max_iters=3", "--batch_size=2", "--gradient_accumulation_steps=2", "--learning_rate=0", "--min_lr=0"]
+    assert call(train, *again, f"--out_dir={tmp_path}")[0] == 0
+    *_, before, after = (r["val_loss"] for r in read_metrics(tmp_path) if "val_loss" in r)
+    assert after == pytest.approx(before, rel=1e-6)
+
+
+def test_a_run_is_not_lost_through_its_own_configuration(corpus, tmp_path, call):
+    for more in ([], ["--overwrite"]):
+        assert call(train, *SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=1", *more)[0] == 0
+    assert "holds a run" in error(call(train, tmp_path / "config.toml", "--seed=5"))
+
+
+def test_evaluation_is_of_the_run_and_not_of_what_its_preset_started_from(corpus, tmp_path, call):
+    preset = tmp_path / "preset.toml"
+    preset.write_text('init_from = "gpt2"\n')
+    assert "no checkpoint" in error(call(train, "--eval_only", "--init_from=auto", *SMALL, *corpus, f"--out_dir={tmp_path / 'none'}"))
+    assert call(train, *SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=3")[0] == 0
+    code, out, _ = call(train, preset, "--eval_only", f"--out_dir={tmp_path}")
+    assert code == 0 and f"step 3: val_loss {read_metrics(tmp_path)[-1]['val_loss']:.4f}" in out
+
+
+def test_damaged_metrics_are_named_on_resume(corpus, tmp_path, call):
+    assert call(train, *SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=2")[0] == 0
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text(lines[0] + "nonsense\n" + lines[1])
+    message = error(call(train, "--init_from=resume", "--max_iters=4", f"--out_dir={tmp_path}"))
+    assert "metrics.jsonl is damaged after 1 lines" in message
 
 
 def test_an_out_dir_that_cannot_be_written_is_found_before_the_data_is_prepared(tmp_path, call):

@@ -2,6 +2,7 @@
 import json
 import os
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,10 +162,19 @@ def test_training_goes_on_from_an_export_with_its_context_and_preconditioner(cor
     before, same, off = (read_metrics(folder) for folder in (run, tmp_path / "same", tmp_path / "off"))
     assert same[0]["val_loss"] == pytest.approx(before[-1]["val_loss"], abs=1e-5)
     assert abs(off[0]["val_loss"] - before[-1]["val_loss"]) > 1e-3
-    assert "n_layer=3, but" in error(call(train, *more, "--n_layer=3", f"--out_dir={tmp_path / 'other'}"))
+    for option in ("n_layer=3", "attention=linear", "n_inner=77"):
+        assert f"{option}, but {folder} has" in error(call(train, *more, f"--{option}", f"--out_dir={tmp_path / 'other'}"))
+    text = Path(corpus[0].partition("=")[2]).read_text(encoding="utf-8")
+    (tmp_path / "other.txt").write_text(text.translate({ord("e"): "\u0436"}), encoding="utf-8")  # as many characters, another one
+    elsewhere = [f"--data_dir={tmp_path / 'data'}", *more[2:], f"--out_dir={tmp_path / 'other'}"]
+    assert "other characters" in error(call(train, f"--dataset={tmp_path / 'other.txt'}", *elsewhere))
+    (tmp_path / "more.txt").write_text(text + 20 * "\u0436", encoding="utf-8")
+    assert "has a vocabulary of" in error(call(train, f"--dataset={tmp_path / 'more.txt'}", *elsewhere))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"preconditioned_attention": {"grad": False}}))
     assert "needs grad, eps and power" in error(call(train, *more, f"--out_dir={tmp_path / 'damaged'}"))
+    (folder / "config.json").write_text(json.dumps(config | {"preconditioned_attention": {"grad": False, "eps": -1, "power": 1}}))
+    assert "precond_eps=-1.0 must not be negative" in error(call(train, *more, f"--out_dir={tmp_path / 'damaged'}"))
 
 
 def test_mistakes(tmp_path, call):

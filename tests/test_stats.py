@@ -28,7 +28,7 @@ def test_paired_is_scipys(scipy_stats, n):
 
 def test_equal_differences():
     same = stats.paired([0.0, 0.0, 0.0])
-    assert (same.mean, same.low, same.high, same.p, same.seeds_needed) == (0, 0, 0, 1, None)
+    assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
     assert stats.paired([0.5, 0.5]).p == 0
 
 
@@ -47,6 +47,15 @@ def test_interval_covers_and_effects_are_found():
 
 def test_no_number_of_seeds_for_no_effect():
     assert stats.seeds_needed(0.0, 1.0) is None and stats.seeds_needed(1e-6, 1.0) is None
+
+
+def test_more_comparisons_take_more_seeds_and_never_fewer_than_there_were():
+    assert stats.seeds_needed(0.5, 1.0, alpha=0.01) in (50, 51)  # tables say 51: the formula is an approximation
+    for m in (1, 2, 5):
+        for differences in np.random.default_rng(m).normal(0.7, 1.0, size=(50, 5)).tolist():
+            pair = stats.paired(differences)
+            if m * pair.p >= 0.05:
+                assert (stats.seeds_needed(pair.mean, pair.sd, alpha=0.05 / m) or 10**6) > 5
 
 
 def test_holm():

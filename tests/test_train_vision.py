@@ -191,6 +191,12 @@ def test_two_processes(tmp_path, call):
     assert one[-1]["tokens"] == two[-1]["tokens"]
 
 
+def test_a_process_without_a_batch_to_evaluate_does_not_stop_the_other(tmp_path):
+    """EoMT has buffers, of which DDP must not wait for a broadcast."""
+    torchrun(2, "train_vision.py", "segment", *TINY, "--eval_iters=1", "--max_iters=1", f"--out_dir={tmp_path}")
+    assert read_metrics(tmp_path)[-1]["step"] == 1
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_a_small_model_learns_a_few_images(task):
     """Trained on the images that it is evaluated on: targets, loss and evaluation speak of the same things."""
@@ -229,6 +235,7 @@ def test_presets_are_complete():
     (["detect", "--precond_eps=-1"], "precond_eps=-1.0 must not be negative"),
     (["detect", "--precond=True", "--precond_power=inf"], "precond_power=inf must be a finite number"),
     (["detect", "--precond=True", "--precond_power=learned"], "--precond_power='learned' is not of type float"),
+    (["classify", "--show=-1"], "show=-1 not negative"),
     (["classify", "--precond_powr=1"], "did you mean --precond_power?"),
 ])
 def test_mistakes(arguments, words, tmp_path, call):
@@ -260,4 +267,3 @@ def test_missing_packages(package, tmp_path, call, monkeypatch):
 def test_other_data_on_resume_is_refused(tmp_path, call):
     assert call(train_vision, "classify", *TINY, "--max_iters=1", f"--out_dir={tmp_path}")[0] == 0
     assert "--n_val=9 cannot change on resume" in error(call(train_vision, "--init_from=resume", "--n_val=9", f"--out_dir={tmp_path}"))
-    assert (ROOT / "config" / "vision_classify.toml").exists()
