@@ -58,7 +58,7 @@ def read(cls: type, argv: list[str], doc: str) -> tuple[dict[str, Any], dict[str
             if word.endswith(".toml"):
                 preset |= read_toml(Path(word), fields)
             else:
-                raise UserError(f"unexpected argument {word!r}: give a preset (config/NAME.toml) and --key=value options; see --help")
+                raise UserError(f"unexpected argument {word!r}: give a preset (config/NAME.toml) and --key=value options, and a task's name first; see --help")
             continue
         key, equals, text = word[2:].partition("=")
         field = find(key, fields)

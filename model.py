@@ -34,12 +34,12 @@ class PrecondConfig:
             raise ValueError(f"precond_power={self.precond_power} must be a finite number")
 
     def describe_precond(self) -> str:
-        """"precond=True" or "precond=False", then those of its options that are set and do nothing because it is off."""
-        idle = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)
-                if f.name.startswith("precond_") and getattr(self, f.name) != f.default]
-        if self.precond or not idle:
-            return f"precond={self.precond}"
-        return f"precond=False ({', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect on training)"
+        """"precond=True" or "precond=False", then those of its options that are set, though it may be off."""
+        chosen = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)
+                  if f.name.startswith("precond_") and getattr(self, f.name) != f.default]
+        if self.precond or not chosen:
+            return ", ".join([f"precond={self.precond}", *chosen])
+        return f"precond=False ({', '.join(chosen)} {'has' if len(chosen) == 1 else 'have'} no effect on training)"
 
 
 @dataclass

@@ -223,7 +223,8 @@ def validation(groups: Groups, x: str):
     focus(axes[0], above)
     if pairs:
         axes[1].axhline(0, color=COLOURS[0], linewidth=1)
-        axes[1].set_ylabel(f"Difference to {baseline}\n({'points' if unit == '%' else unit}; {better} 0 is better)")
+        said = textwrap.fill(f"Difference to {baseline}", int(2.5 / LETTER))
+        axes[1].set_ylabel(f"{said}\n({'points' if unit == '%' else unit}; {better} 0 is better)")
         focus(axes[1], below, 0.0)
     key(figure, groups)
     return figure
@@ -259,20 +260,23 @@ def training(groups: Groups, x: str):
     from matplotlib.ticker import LogLocator, NullFormatter
     figure, (left, right) = canvas(groups, 2, 2, (3.3, 2.6), "Learning rate and gradient norm" + over_seeds(groups, True), x)
     rates = {label: series(runs, "learning_rate", x) for label, runs in groups.items()}
+    spans = []
     same = len({rate.tobytes() for _, values in rates.values() for rate in values}) == 1
     for colour, (label, runs) in zip(COLOURS, groups.items()):
         if not same:
             line(left, *rates[label], colour, log=True, label=label)
-        line(right, *series(runs, "grad_norm", x), colour, log=True, label=label)
+        spans += line(right, *series(runs, "grad_norm", x), colour, log=True, label=label)
     if same:
         line(left, *rates[label], DARK, log=True, label="all runs")
         left.legend()
     left.set_ylabel("Learning rate")
     left.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    right.set_yscale("log")
-    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    right.yaxis.set_major_formatter("{x:g}")
-    right.yaxis.set_minor_formatter(NullFormatter())
+    ends = np.concatenate(spans)
+    if ends.max() > 5 * ends.min():
+        right.set_yscale("log")
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.yaxis.set_major_formatter("{x:g}")
+        right.yaxis.set_minor_formatter(NullFormatter())
     right.set_ylabel("Gradient norm, before clipping")
     clips = {run.config["grad_clip"] for runs in groups.values() for run in runs}
     if len(clips) == 1 and (clip := clips.pop()):

@@ -13,6 +13,7 @@ precision of boxes or masks as pycocotools computes it, in percent, on images th
 of detect and segment divide by the objects of a forward pass, so training depends a little on how a step's images are split into them.
 """
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,7 @@ from typing import Annotated
 import numpy as np
 import torch
 
+import checkpoint
 import config as options
 import session
 from data import coco
@@ -107,6 +109,11 @@ class VisionTask:
         images, = compute.move(self.data.val.batch(np.arange(min(4, len(self.data.val))))[0])
         model(images)
 
+    def crowded(self) -> int:
+        """How many validation images have more objects than can be found."""
+        objects = Counter(a["image_id"] for a in self.data.truth["annotations"] if not a["iscrowd"]) if not self.classify else {}
+        return sum(n > self.config.queries for n in objects.values())
+
     def state(self) -> dict:
         return self.data.state
 
@@ -159,21 +166,35 @@ def true_objects(task: VisionTask, i: int, side: int) -> list[dict]:
 
 
 def draw(picture, objects: list[dict], classes: list[str]):
-    """A copy of the picture with tinted masks, or boxes where there are none, and names with scores."""
-    from PIL import Image, ImageColor, ImageDraw
+    """A copy of the picture with outlined masks, or boxes where there are none, and names with scores."""
+    from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
     picture = picture.copy()
+    pen = ImageDraw.Draw(picture)
+    placed = []  # where names are
+    objects = [d for d in objects if "segmentation" not in d or coco.rle.area(d["segmentation"])]
     for d in objects:
         colour = COLOURS[d["category_id"] % len(COLOURS)]
-        if mask := d.get("segmentation"):
-            picture.paste(ImageColor.getrgb(colour), mask=Image.fromarray(coco.rle.decode(mask) * np.uint8(150)))
-    pen = ImageDraw.Draw(picture)
+        if "segmentation" in d:
+            mask = Image.fromarray(coco.rle.decode(d["segmentation"]) * np.uint8(255))
+            edge = Image.fromarray((np.asarray(mask) > np.asarray(mask.filter(ImageFilter.MinFilter(7)))) * np.uint8(255))
+            picture.paste(ImageColor.getrgb(colour), mask=mask.point(lambda value: value // 4))
+            picture.paste(ImageColor.getrgb(colour), mask=edge)
+        else:
+            x, y, w, h = d["bbox"]
+            pen.rectangle([x, y, x + w, y + h], outline=colour, width=3)
     for d in objects:
-        x, y, w, h = coco.rle.toBbox(d["segmentation"]) if "segmentation" in d else d["bbox"]
-        if "segmentation" not in d:
-            pen.rectangle([x, y, x + w, y + h], outline=COLOURS[d["category_id"] % len(COLOURS)], width=3)
         name = classes[d["category_id"]] + (f" {d['score']:.0%}" if "score" in d else "")
-        pen.text((max(x, 0) + 4, max(y, 0) + 2), name, fill="white", stroke_width=2, stroke_fill="black", font_size=16)
+        if "segmentation" in d:  # at the pixel of the object that is nearest to its middle
+            pixels = np.argwhere(coco.rle.decode(d["segmentation"]))[:, ::-1]
+            x, y = pixels[((pixels - pixels.mean(axis=0)) ** 2).sum(axis=1).argmin()] - [pen.textlength(name, font_size=16) / 2, 9]
+        else:
+            x, y = d["bbox"][0] + 4, d["bbox"][1] + 2
+        x, y = min(max(x, 0), picture.width - pen.textlength(name, font_size=16) - 4), max(y, 0)
+        while any(abs(x - other_x) < 80 and abs(y - other_y) < 16 for other_x, other_y in placed):
+            y += 16
+        placed.append((x, y))
+        pen.text((x, y), name, fill="white", stroke_width=2, stroke_fill="black", font_size=16)
     return picture
 
 
@@ -183,6 +204,7 @@ def preset_of_task(argv: list[str]) -> list[str]:
 
 def main():
     config, _, saved = session.open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
+    folder = Path(config.out_dir)
     with session.compute_for(config, saved) as compute:
         task = compute.once_per_node(lambda: VisionTask(config))
         torch.manual_seed(config.seed)
@@ -192,6 +214,8 @@ def main():
                   f"{len(task.data.classes)} classes\n"
                   f"model: {type(model.network).__name__}, {model.n_parameters():,} parameters, {config.describe_precond()}\n"
                   f"compute: {compute.describe()}", flush=True)
+            if more := task.crowded():
+                print(f"{more:,} of the validation images have more than queries={config.queries} objects: raise --queries to find them all")
         if config.eval_only:
             session.evaluate_only(config, task, model, compute, saved)
         else:
@@ -200,8 +224,9 @@ def main():
                 print(f"next: python train_vision.py --eval_only --show=8 --out_dir={config.out_dir}        # draw predictions of the best "
                       f"checkpoint\n      python plot.py {config.out_dir}        # figures\n"
                       f"      python compare.py train_vision.py {config.task} --vary precond=False,True --seeds=3   # with and without")
+            checkpoint.restore_model(model, task, checkpoint.read(folder / "best.pt"), folder)
         if config.show and compute.main:
-            show(task, model.eval(), compute, config.show, Path(config.out_dir))
+            show(task, model.eval(), compute, config.show, folder)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def encode(masks: np.ndarray) -> list[dict]:
 
 class Annotations:
     """One split of a source, checked. `classes`: names in the order of category ids. `unreadable`: images that `samples` left out, each
-    with the reason; `vanished`: how many objects it did, because they are too small."""
+    with the reason; `vanished`: how many objects it did, because they have no area or are too small; `cut`: boxes that reach outside."""
 
     def __init__(self, source: Path, split: str, masks: bool):
         require()
@@ -72,7 +72,7 @@ class Annotations:
             raise DataError(f"{source} holds {len(found)} files annotations/instances_{split}*.json, not one: give --source=FOLDER as COCO "
                             "is released, with annotations/instances_train*.json and annotations/instances_val*.json")
         self.path, self.source, self.masks = found[0], source, masks
-        self.unreadable, self.vanished = [], 0
+        self.unreadable, self.vanished, self.cut = [], 0, 0
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             self.images = {image["id"]: image for image in content["images"]}
@@ -114,7 +114,8 @@ class Annotations:
         """(image (size, size, 3) uint8, labels, boxes, masks, record) of each readable image, squeezed to a square.
 
         labels (n,), boxes (n, 4) as centre, width and height in units of the image, masks (n, size, size) bool or None: without
-        crowds and objects that vanish. record: the image and its annotations as `average_precision` takes them, in pixels of the original.
+        crowds and objects that vanish. record: the image and its annotations as `average_precision` takes them, in pixels of the original,
+        without those that have no area in it.
         """
         from PIL import Image
 
@@ -122,6 +123,8 @@ class Annotations:
         for image in self.images.values():
             try:
                 with Image.open(folder / image["file_name"]) as file:
+                    if file.size != (image["width"], image["height"]):
+                        raise ValueError(f"it has {file.size} pixels, in the annotations {image['width'], image['height']} (width, height)")
                     pixels = np.asarray(file.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
             except (OSError, SyntaxError, ValueError) as e:  # what Pillow raises for files that are missing, cut off or no images
                 self.unreadable.append(f"{folder / image['file_name']}: {e.strerror if getattr(e, 'strerror', None) else e}")
@@ -140,19 +143,23 @@ class Annotations:
         for a in self.of_image[image["id"]]:
             label, crowd = self.ids.index(a["category_id"]), a.get("iscrowd", 0)
             x1, y1, width, height = a["bbox"]
+            self.cut += x1 < -1 or y1 < -1 or x1 + width > w + 1 or y1 + height > h + 1
+            left, right, top, bottom = *np.clip([x1 / w, (x1 + width) / w], 0, 1), *np.clip([y1 / h, (y1 + height) / h], 0, 1)
+            if right <= left or bottom <= top:
+                self.vanished += 1
+                continue
             annotations.append({"category_id": label, "bbox": a["bbox"], "area": a.get("area", width * height), "iscrowd": crowd})
             if self.masks:
                 encoded = self._encode(a, h, w)
                 annotations[-1]["segmentation"] = encoded | {"counts": encoded["counts"].decode("ascii")}
             if crowd:
                 continue
-            x1, x2, y1, y2 = *np.clip([x1 / w, (x1 + width) / w], 0, 1), *np.clip([y1 / h, (y1 + height) / h], 0, 1)
             mask = shrink(rle.decode(encoded), size) if self.masks else None
-            if x2 <= x1 or y2 <= y1 or self.masks and not mask.any():
+            if self.masks and not mask.any():
                 self.vanished += 1
                 continue
             labels.append(label)
-            boxes.append([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1])
+            boxes.append([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top])
             masks.append(mask)
         shape = np.stack(masks) if masks and self.masks else np.zeros((0, size, size), bool) if self.masks else None
         record = {"image": {"width": w, "height": h}, "annotations": annotations}

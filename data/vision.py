@@ -238,8 +238,10 @@ def _fill_coco(work: Path, source: Path, task: str, size: int):
         raise DataError(f"{splits['val'].path}: no readable image has an object: there is nothing to evaluate on")
     (work / "val.json").write_text(json.dumps(make_truth(records, classes)))
     unreadable = [line for annotations in splits.values() for line in annotations.unreadable]
+    if cut := sum(a.cut for a in splits.values()):
+        print(f"{cut:,} boxes reach outside their image and are cut there: are they x, y, width, height?", flush=True)
     return classes, counts, {"unreadable images": len(unreadable), "training images without objects": empty,
-                             f"objects too small at {size} x {size}": sum(a.vanished for a in splits.values())}, unreadable
+                             f"objects without an area or too small at {size} x {size}": sum(a.vanished for a in splits.values())}, unreadable
 
 
 def _write(folder: Path, split: str, samples) -> int:

@@ -67,7 +67,7 @@ def change(source, split="train2017", **changes):
 def test_coco_folder(source, tmp_path, capsys):
     data = vision.open_data("segment", str(source), str(tmp_path / "data"), SIZE, seed=1, n_val=0)
     out = capsys.readouterr().out
-    assert "skipped 4 unreadable images, 1 training images without objects, 12 objects too small at 32 x 32" in out
+    assert "skipped 4 unreadable images, 1 training images without objects, 12 objects without an area or too small at 32 x 32" in out
     assert "missing.png: No such file" in out and "broken.png: " in out
     assert data.classes == ["dog", "cat"] and (len(data.train), len(data.val)) == (6, 7)  # one without objects is evaluated, not learned
     images, counts, labels, masks = data.train.batch([1, 0])
@@ -94,6 +94,23 @@ def test_coco_folder(source, tmp_path, capsys):
     _, counts, labels, centred = boxes.train.batch([0])
     assert counts.tolist() == [3]  # a speck has a box, if not a mask
     np.testing.assert_allclose(centred[0, 1], [0.5, 25 / 48, 0.5, 30 / 48], rtol=1e-6)
+
+
+def test_boxes_without_an_area_are_no_objects_and_sizes_are_checked(source, tmp_path, capsys):
+    for box in ([10, 5, 0, 20], [10, 5, -3, 4], [90, 5, 10, 10]):  # none, negative, outside
+        change(source, "val2017", bbox=box)
+        data = vision.open_data("detect", str(source), str(tmp_path / f"data{box}"), SIZE, seed=1, n_val=0)
+        assert len([a for a in data.truth["annotations"] if a["image_id"] == 0]) == 3  # of four
+        assert "skipped 4 unreadable images, 1 training images without objects, 1 objects without an area" in capsys.readouterr().out
+    change(source, "val2017", bbox=[70, 5, 40, 20])
+    path = source / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["images"][3]["width"] = 1000
+    path.write_text(json.dumps(content))
+    vision.open_data("detect", str(source), str(tmp_path / "more"), SIZE, seed=1, n_val=0)
+    out = capsys.readouterr().out
+    assert "1 boxes reach outside their image and are cut there" in out
+    assert "3.png: it has (80, 64) pixels, in the annotations (1000, 64) (width, height)" in out
 
 
 @pytest.mark.parametrize("task, kind", [("detect", "bbox"), ("segment", "segm")])

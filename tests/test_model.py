@@ -125,12 +125,12 @@ def test_future_tokens_change_nothing(attention):
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(), "precond=False"), (dict(precond=True, precond_power=0.5), "precond=True"),
+    (dict(), "precond=False"), (dict(precond=True, precond_power=0.5), "precond=True, precond_power=0.5"),
     (dict(precond_power=0.5), "precond=False (precond_power=0.5 has no effect on training)"),
     (dict(precond_grad=True, precond_skip="after"),
      "precond=False (precond_grad=True, precond_skip=after have no effect on training)"),
 ])
-def test_options_of_a_preconditioner_that_is_off_are_named(options, words):
+def test_a_preconditioner_s_options_are_named(options, words):
     assert ModelConfig(**options).describe_precond() == words
 
 

@@ -256,6 +256,18 @@ def test_a_coco_file_without_masks_is_one_line(tmp_path, call):
     assert "annotation 5 has no mask" in message and "use the detect task" in message
     assert call(train_vision, "detect", *shared, "--show=1", f"--out_dir={tmp_path / 'out'}")[0] == 0
 
+    content["annotations"] = [content["annotations"][0] | {"id": i} for i in range(7)]
+    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    shared[-2] = f"--data_dir={tmp_path / 'data2'}"
+    out = call(train_vision, "detect", *shared, f"--out_dir={tmp_path / 'out2'}")[1]
+    assert "1 of the validation images have more than queries=6 objects" in out
+    content["annotations"] = [content["annotations"][0] | {"iscrowd": 1}, content["annotations"][1] | {"image_id": 2}]
+    content["images"].append(content["images"][0] | {"id": 2})
+    (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
+    shared[-2] = f"--data_dir={tmp_path / 'data3'}"
+    few = ["--batch_size=1", "--eval_iters=1", f"--out_dir={tmp_path / 'out3'}"]
+    assert "none of the 1 validation images that are evaluated has an object" in error(call(train_vision, "detect", *shared, *few))
+
 
 @pytest.mark.parametrize("package", ["transformers", "scipy"])
 def test_missing_packages(package, tmp_path, call, monkeypatch):
