@@ -5,6 +5,7 @@
     python plot.py out out-on --x=tokens --labels=softmax,preconditioned --layer=0
 
 validation   validation loss (accuracy or average precision where the task has it), and each group's difference to the first, paired by seed
+difference   the last validation result of each group against the first: every seed, and the mean with its 95% interval by Student's t
 kappa        condition number of the head outputs by layer, before C (A) and after (C A)
 training     learning rate and gradient norm
 spectrum     singular values of A and C A in one layer of the best checkpoint, on the validation samples that kappa is measured on
@@ -23,6 +24,7 @@ import torch
 
 import checkpoint
 import config as options
+import stats
 import train
 import train_lra
 import train_vision
@@ -73,6 +75,8 @@ def draw(groups: dict[str, list[Path]], out: Path, x: str = "step", layer: int |
     check(runs, x)
     with rc_context(STYLE):
         figures = {"validation": validation(runs, x), "kappa": kappa(runs, x), "training": training(runs, x)}
+        if differences := final_differences(runs):
+            figures["difference"] = difference(runs, differences)
         try:
             figures["spectrum"] = spectrum(runs, spectra(runs, layer), layer)
         except text.DataError as e:
@@ -227,6 +231,36 @@ def validation(groups: Groups, x: str):
         axes[1].set_ylabel(f"{said}\n({'points' if unit == '%' else unit}; {better} 0 is better)")
         focus(axes[1], below, 0.0)
     key(figure, groups)
+    return figure
+
+
+def final_differences(groups: Groups) -> dict[str, list[float]]:
+    """By label, the differences of the last validation result to the first group's, for the groups that share two seeds or more with it."""
+    scale = METRICS[next(iter(groups.values()))[0].metric][0]
+    final = {label: {run.config["seed"]: scale * next(r[run.metric] for r in reversed(run.records) if run.metric in r) for run in runs}
+             for label, runs in groups.items()}
+    baseline, *others = groups
+    shared = {label: sorted(final[baseline].keys() & final[label].keys()) for label in others}
+    return {label: [final[label][seed] - final[baseline][seed] for seed in seeds] for label, seeds in shared.items() if len(seeds) > 1}
+
+
+def difference(groups: Groups, differences: dict[str, list[float]]):
+    """A row for each group of `final_differences`."""
+    baseline = next(iter(groups))
+    _, name, unit, better = METRICS[groups[baseline][0].metric]
+    side = {"above": "right", "below": "left"}[better]
+    title = f"Validation {name} at the last step, paired by seed:\nevery seed, and the mean with its 95% interval"
+    said = textwrap.fill(f"Difference to {baseline} ({'points' if unit == '%' else unit}; {side} of 0 is better)", int(4.8 / LETTER))
+    figure, (ax,) = canvas(groups, 1, 1, (4.8, 0.3 + 0.4 * len(differences)), title, said)
+    ax.axvline(0, color=COLOURS[0], linewidth=1)
+    for row, (label, values) in enumerate(differences.items()):
+        colour, result = COLOURS[list(groups).index(label)], stats.paired(values)
+        ax.plot(values, np.full(len(values), row), color=colour, marker="o", linestyle="none", alpha=0.3)
+        ax.errorbar(result.mean, row, xerr=[[result.mean - result.low], [result.high - result.mean]], color=colour, marker="D", markersize=5,
+                    capsize=4)
+    ax.set_yticks(range(len(differences)), [textwrap.fill(label, 30) for label in differences])
+    ax.set_ylim(len(differences) - 0.5, -0.5)
+    ax.grid(False, axis="y")
     return figure
 
 

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("matplotlib", reason="pip install -r requirements-extra.txt")
 
 import plot  # noqa: E402
+import stats  # noqa: E402
 import train  # noqa: E402
 import train_lra  # noqa: E402
 import train_vision  # noqa: E402
@@ -125,9 +126,23 @@ def test_differences_pair_the_seeds(tmp_path):
     on = [invent(tmp_path / f"on{seed}", seed=seed, precond=True) for seed in (3, 1, 7)]  # 1 and 3 are in both groups
     figure = plot.validation(read({"off": off, "on": on}), "step")
     assert np.array_equal(figure.axes[1].lines[0].get_ydata(), [0, 0, 0])
+    assert plot.final_differences(read({"off": off, "on": on})) == {"on": [0, 0]}
+    assert plot.final_differences(read({"off": off, "on": on[2:]})) == {}
     assert np.allclose(figure.axes[0].lines[1].get_ydata(), np.array([0, 10, 20]) + 11 / 3)
     alone = plot.validation(read({"off": off[1:2], "on": on}), "step")
     assert len(alone.axes) == 1
+
+
+def test_final_differences_have_the_intervals_of_the_report(lm):
+    runs = read(lm)
+    off, on = (column(lm[label], "val_loss")[1][:, -1] for label in ("off", "on"))
+    values = plot.final_differences(runs)
+    assert list(values) == ["on"] and np.allclose(values["on"], on - off)
+    result = stats.paired(values["on"])
+    ax, = plot.difference(runs, values).axes
+    assert np.allclose(ax.collections[0].get_segments()[0][:, 0], [result.low, result.high])
+    assert np.array_equal(ax.lines[1].get_xdata(), values["on"])  # the first line is zero
+    assert ax.get_xlabel() == "Difference to off (nats per token; left of 0 is better)"
 
 
 def test_accuracy_in_percent(lra):
