@@ -168,11 +168,11 @@ class Comparison:
         evaluated = set()
         for arm in self.arms:
             mine = [word[2:].partition("=")[0] for word in arm.words]
-            for key in [*mine, *([self.tune_key] if self.tune_key else [])]:
+            settings = [(key, f"the arm {arm.name!r}") for key in mine] + [(self.tune_key, "--tune")] * bool(self.config.tune)
+            for key, who in settings:
                 options.find(key, options.options(self.module.Config))
                 if key in OURS or key in DATA:
-                    raise UserError(f"{f'the arm {arm.name!r} sets' if key in mine else '--tune sets'} {key}: "
-                                    + OURS.get(key, "arms on different data cannot be paired"))
+                    raise UserError(f"{who} sets {key}: " + OURS.get(key, "arms on different data cannot be paired"))
             if self.tune_key in mine:
                 raise UserError(f"{self.tune_key} is tuned, and set by the arm {arm.name!r}: choose one")
             for value in self.tune_values or [None]:

@@ -58,7 +58,8 @@ def read(cls: type, argv: list[str], doc: str) -> tuple[dict[str, Any], dict[str
             if word.endswith(".toml"):
                 preset |= read_toml(Path(word), fields)
             else:
-                raise UserError(f"unexpected argument {word!r}: give a preset (config/NAME.toml) and --key=value options, and a task's name first; see --help")
+                raise UserError(f"unexpected argument {word!r}: give a preset (config/NAME.toml) and --key=value options, a task's name first; "
+                                "see --help")
             continue
         key, equals, text = word[2:].partition("=")
         field = find(key, fields)
@@ -89,7 +90,8 @@ def preset_of_task(argv: list[str], tasks: tuple[str, ...], prefix: str) -> list
     return [str(small if small.exists() else presets / f"{prefix}_{argv[0]}.toml"), *argv[1:]]
 
 
-def resume(cls: type, saved: dict[str, Any], typed: dict[str, Any], preset: dict[str, Any] = {}, evaluate: bool = False) -> Any:
+def resume(cls: type, saved: dict[str, Any], typed: dict[str, Any], preset: dict[str, Any] | None = None,
+           evaluate: bool = False) -> Any:
     """The configuration of a resumed run: the saved one; only options in `typed` override it.
 
     evaluate: it will not be trained on. Raises UserError where a fixed option, typed or of a preset, is not the run's.
@@ -97,7 +99,7 @@ def resume(cls: type, saved: dict[str, Any], typed: dict[str, Any], preset: dict
     fields = options(cls)
     if unknown := sorted(set(saved) - set(fields)):
         raise UserError(f"the checkpoint has options that this script does not know ({', '.join(unknown)}): another script or version wrote it")
-    for key, value in (preset | typed).items():
+    for key, value in ((preset or {}) | typed).items():
         fixed = fields[key].mark == "fixed" or fields[key].mark == "fixed in training" and not evaluate
         if fixed and saved.get(key, fields[key].default) != value:
             has = f"cannot change on resume: the run has {key}={saved.get(key, fields[key].default)}"

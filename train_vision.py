@@ -224,8 +224,8 @@ def main():
                 print(f"next: python train_vision.py --eval_only --show=8 --out_dir={config.out_dir}        # draw predictions of the best "
                       f"checkpoint\n      python plot.py {config.out_dir}        # figures\n"
                       f"      python compare.py train_vision.py {config.task} --vary precond=False,True --seeds=3   # with and without")
-            checkpoint.restore_model(model, task, checkpoint.read(folder / "best.pt"), folder)
         if config.show and compute.main:
+            checkpoint.restore_model(model, task, checkpoint.read(checkpoint.choose(folder, best=True)), folder)
             show(task, model.eval(), compute, config.show, folder)
 
 
