@@ -68,6 +68,16 @@ def test_dtypes(monkeypatch):
         device.pick_dtype("float16", cpu, 512)
 
 
+@pytest.mark.parametrize("amx, avx, vendor, fast", [(True, True, "GenuineIntel", True), (False, True, "GenuineIntel", False),
+                                                    (False, True, "AuthenticAMD", True), (False, False, "AuthenticAMD", False)])
+def test_processors_that_multiply_bfloat16_faster(amx, avx, vendor, fast, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(device, "CPUINFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\n")
+    assert device.cpu_multiplies_bf16() == fast
+
+
 def test_tensorboard_goes_on_where_the_checkpoint_is(tmp_path):
     pytest.importorskip("tensorboard", reason="pip install -r requirements-extra.txt")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
