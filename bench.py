@@ -34,13 +34,13 @@ from typing import Annotated, Literal
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import config as options
-import fast
-from config import UserError
-from device import DTYPES, Compute, pick_device, pick_dtype
+from engine import options
+from engine import fast
+from engine.options import UserError
+from engine.device import DTYPES, Compute, pick_device, pick_dtype
 from model import GPT, Classifier, ModelConfig
 from sample import generate
-from trainer import Trainer, TrainerConfig
+from engine.trainer import Trainer, TrainerConfig
 
 TURN = 0.5  # seconds
 

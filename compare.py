@@ -36,12 +36,12 @@ from typing import Annotated, Any
 
 import torch
 
-import config as options
-import report
-from config import UserError
-from curves import DATA
-from device import pick_device, pick_dtype
-from runs import Progress, Run, code_hash, content
+from engine import options
+from study import report
+from engine.options import UserError
+from study.curves import DATA
+from engine.device import pick_device, pick_dtype
+from study.runs import Progress, Run, code_hash, content
 
 ROOT = Path(__file__).resolve().parent
 SCRIPTS = ("train.py", "train_lra.py", "train_vision.py")

@@ -17,12 +17,12 @@ from typing import Annotated, Literal
 
 import torch
 
-import checkpoint
-import config as options
-from config import UserError
+from engine import checkpoint
+from engine import options
+from engine.options import UserError
 from data import text, tokens
 from model import GPT
-from pretrained import MODULES
+from engine.pretrained import MODULES
 
 FILES = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import attention
-import fast
+from engine import fast
 from precond import LEARNED_FROM, precondition
 
 

@@ -22,16 +22,16 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
-import checkpoint
-import config as options
-import stats
+from engine import checkpoint
+from engine import options
+from study import stats
 import train
 import train_lra
 import train_vision
-from config import UserError
-from curves import DATA, METRICS, Groups, Run, group, identity, series
+from engine.options import UserError
+from study.curves import DATA, METRICS, Groups, Run, group, identity, series
 from data import text
-from device import Compute
+from engine.device import Compute
 from model import GPT, Classifier
 from precond import condition_number, precondition, record
 
@@ -79,7 +79,7 @@ def draw(groups: dict[str, list[Path]], out: Path, x: str = "step", layer: int |
             figures["difference"] = difference(runs, differences)
         try:
             figures["spectrum"] = spectrum(runs, spectra(runs, layer), layer)
-        except text.DataError as e:
+        except options.DataError as e:
             print(f"no spectrum: {e}", flush=True)
         written = []
         try:
@@ -327,7 +327,7 @@ def load(run: Run):
     """
     path = checkpoint.choose(run.folder, best=True)
     if not path.exists():
-        raise text.DataError(f"{run.folder} holds no checkpoint")
+        raise options.DataError(f"{run.folder} holds no checkpoint")
     saved = checkpoint.read(path)
     if not {"config", "model", "task"} <= set(saved):
         raise UserError(f"{path} was not written by this project")
@@ -345,7 +345,7 @@ def load(run: Run):
         if all(meta.get(key) == value for key, value in saved["task"].items()):
             break
     else:
-        raise text.DataError(f"the data of {run.folder} is not in {config.data_dir}; training prepares it again")
+        raise options.DataError(f"the data of {run.folder} is not in {config.data_dir}; training prepares it again")
     if script is train:
         return GPT.from_checkpoint(saved), train.LanguageModelling(config, meta_file.parent), config
     task = train_lra.Classification(config, meta_file.parent)

@@ -15,12 +15,12 @@ from typing import Annotated, Literal
 
 import torch
 
-import checkpoint
-import config as options
-import fast
-from config import UserError
+from engine import checkpoint
+from engine import options
+from engine import fast
+from engine.options import UserError
 from data import text
-from device import DTYPES, Compute
+from engine.device import DTYPES, Compute
 from model import GPT, KVCache
 
 

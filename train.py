@@ -14,15 +14,15 @@ from typing import Annotated, Literal
 
 import torch
 
-import config as options
-import pretrained
-import session
-from checkpoint import load_weights
-from config import UserError
+from engine import options
+from engine import pretrained
+from engine import run as session
+from engine.checkpoint import load_weights
+from engine.options import UserError
 from data import text
-from device import Compute
+from engine.device import Compute
 from model import GPT, ModelConfig
-from trainer import Trainer, TrainerConfig
+from engine.trainer import Trainer, TrainerConfig
 
 GPT2_VOCABULARY = 50257
 

@@ -19,15 +19,15 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
-import checkpoint
-import config as options
-import session
-from config import UserError
+from engine import checkpoint
+from engine import options
+from engine import run as session
+from engine.options import UserError
 from data import listops, lra
 from data.order import Shuffled
-from device import Compute
+from engine.device import Compute
 from model import Classifier, ModelConfig
-from trainer import Trainer, TrainerConfig
+from engine.trainer import Trainer, TrainerConfig
 
 TASKS = tuple(lra.TASKS)
 GENERATED = {  # the options that each generator takes

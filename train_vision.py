@@ -21,15 +21,15 @@ from typing import Annotated
 import numpy as np
 import torch
 
-import checkpoint
-import config as options
-import session
+from engine import checkpoint
+from engine import options
+from engine import run as session
 from data import coco
-from data.tokens import DataError
-from data.vision import open_data
-from device import Compute
-from trainer import Trainer, TrainerConfig
-from vision import TASKS, Vision, VisionConfig, detections
+from engine.options import DataError
+from data.images import open_data
+from engine.device import Compute
+from engine.trainer import Trainer, TrainerConfig
+from vision.models import TASKS, Vision, VisionConfig, detections
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito's
 SHOWN_SCORE, SHOWN_SIDE = 0.5, 384  # a drawn prediction's least score; a drawing's least side in pixels

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tokens import DataError
+from engine.options import DataError
 
 try:
     from pycocotools import mask as rle

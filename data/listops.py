@@ -18,7 +18,7 @@ from numbers import Integral
 import numpy as np
 from tqdm import tqdm
 
-from data.text import DataError
+from engine.options import DataError
 
 SYMBOLS = [*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]"]
 MIN, MAX, MED, SM, CLOSE = range(10, 15)

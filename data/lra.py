@@ -28,7 +28,7 @@ if not __package__:  # run as a script: the project's root is not on the path th
 from data import listops
 from data.folders import ensure
 from data.lra_sources import DAMAGED, SPLITS, TASKS, find, samples
-from data.text import DataError
+from engine.options import DataError
 
 
 def prepare(task: str, data_dir: str | Path = "data", *, source: str | Path | None = None, block_size: int | None = None, seed: int = 0,

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data import listops
-from data.text import DataError
+from engine.options import DataError
 
 SPLITS = ("train", "val", "test")
 LONGEST_LINE = 2**26  # bytes: a longer "line" is no line of these files, and would only fill the memory

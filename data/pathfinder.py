@@ -35,7 +35,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.text import DataError
+from engine.options import DataError
 
 CHUNK = 100  # images that a worker draws at a time
 PADDLE_TRIES = 3

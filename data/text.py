@@ -27,9 +27,10 @@ if __name__ == "__main__":  # python data/text.py looks for modules in data/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.folders import ensure
-from data.tokens import Blocks, DataError, GPT2Tokenizer, Tokens, Writer, eval_blocks, load_tokenizer, make_meta, read_meta
+from data.tokens import Blocks, GPT2Tokenizer, Tokens, Writer, eval_blocks, load_tokenizer, make_meta, read_meta
+from engine.options import DataError
 
-__all__ = ["Blocks", "DataError", "SOURCES", "Source", "Tokens", "eval_blocks", "load_tokenizer", "prepare", "read_meta"]
+__all__ = ["Blocks", "SOURCES", "Source", "Tokens", "eval_blocks", "load_tokenizer", "prepare", "read_meta"]
 
 CHUNK = 2**20  # bytes of a text file in memory at once
 HELD_OUT = 200  # one document in so many is for validation where a corpus has no validation split

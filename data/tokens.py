@@ -13,13 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
+from engine.options import DataError
 
 SHARD = 2**27  # most tokens in one file
-
-
-class DataError(UserError):
-    """Data that cannot be used: one line that says what is wrong, where, and what to do."""
 
 
 class Tokenizer:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
 torch.set_num_threads(1)
 
-import config as options  # noqa: E402
+from engine import options  # noqa: E402
 
 SMALL = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --eval_iters=2 --device=cpu".split()
 TIMING = {"elapsed_s", "tokens_per_s", "ms_per_step", "peak_memory_mb", "mfu"}
@@ -84,7 +84,8 @@ def killer(folder: Path, script: str, step: int) -> Path:
     path.write_text(textwrap.dedent(f"""
         import os, sys
         sys.path.insert(0, {str(ROOT)!r})
-        import {script}, trainer
+        import {script}
+        from engine import trainer
         train_step = trainer.Trainer.train_step
         def killing(self):
             if self.step == {step} and self.compute.rank == self.compute.world - 1:
@@ -103,13 +104,14 @@ def messages(folder: Path, patch: str, *options, processes: int = 2) -> list[str
     program.write_text(textwrap.dedent(f"""
         import os, pathlib, sys
         sys.path.insert(0, {str(ROOT)!r})
-        import config, train, trainer
+        import train
+        from engine import options, trainer
         rank = os.environ["RANK"]
     """) + textwrap.dedent(patch) + textwrap.dedent(f"""
         error = ""
         try:
             train.main()
-        except config.UserError as e:
+        except options.UserError as e:
             error = e  # kept, with the model: freeing it waits, with the GIL, for gloo's threads, which may want the GIL
         pathlib.Path({str(folder)!r}, f"message{{rank}}").write_text(str(error))
         os._exit(0)

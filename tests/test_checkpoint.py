@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-import checkpoint
-from config import UserError
+from engine import checkpoint
+from engine.options import UserError
 from conftest import ROOT
 
 
@@ -24,8 +24,9 @@ def test_failing_write_leaves_the_previous_checkpoint(tmp_path):
     """A file-size limit makes the operating system refuse the write, as a full disk does."""
     path = tmp_path / "c.pt"
     checkpoint.save(path, {"step": 1})
-    script = ("import torch, pathlib, sys, checkpoint, config\n"
-              "config.run(lambda: checkpoint.save(pathlib.Path(sys.argv[1]), {'step': 2, 'w': torch.zeros(100_000)}))")
+    script = ("import torch, pathlib, sys\nfrom engine import checkpoint, options\n"
+              "options.run(lambda: checkpoint.save("
+              "pathlib.Path(sys.argv[1]), {'step': 2, 'w': torch.zeros(100_000)}))")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
     done = subprocess.run([sys.executable, "-c", script, path], cwd=ROOT, preexec_fn=limit, capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

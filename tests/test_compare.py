@@ -12,10 +12,10 @@ import pytest
 
 import compare
 import plot
-import report
-import runs
-import stats
-import trainer
+from study import report
+from study import runs
+from study import stats
+from engine import trainer
 from conftest import SMALL, error, read_metrics
 
 TINY = [*SMALL, "--max_iters=6", "--eval_interval=2", "--log_interval=1", "--warmup_iters=2"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data.listops import CLOSE, MAX, MED, MIN, SM, evaluate, generate, majority_baseline, root_baseline, to_text, tokenize
-from data.text import DataError
+from engine.options import DataError
 
 
 def trees(tokens, offsets):

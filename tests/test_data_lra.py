@@ -14,7 +14,7 @@ from test_data_lra_sources import stored
 from data import listops
 from data.folders import ensure
 from data.lra import SPLITS, Split, load, main, prepare
-from data.text import DataError
+from engine.options import DataError
 
 SMALL = dict(train=40, val=10, test=10, min_length=3, max_length=20, max_depth=4, max_args=3)
 

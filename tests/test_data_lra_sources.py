@@ -11,7 +11,7 @@ from lra_archives import archive, cifar, imdb_files, python2_batch, retrieval_fi
 
 from data import listops
 from data.lra import SPLITS, load, prepare
-from data.text import DataError
+from engine.options import DataError
 
 
 def stored(folder):

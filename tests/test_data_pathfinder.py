@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.pathfinder import CHUNK, RELEASED, Geometry, draw_scene, generate, next_paddle, read_released, shapes
-from data.text import DataError
+from engine.options import DataError
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from data import text, tokens
-from data.text import Blocks, DataError, Source, Tokens, eval_blocks, load_tokenizer, prepare, read_meta
+from engine.options import DataError
+from data.text import Blocks, Source, Tokens, eval_blocks, load_tokenizer, prepare, read_meta
 
 ROOT = Path(__file__).parents[1]
 MIXED = "Zwölf  Boxkämpfer\r\n\n\tjagen 3 Eva's 日本語 🎭 quer!  \n" * 40

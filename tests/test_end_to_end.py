@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import session
+from engine import checkpoint
+from engine import run as session
 import train
-import trainer
-from config import UserError
+from engine import trainer
+from engine.options import UserError
 from conftest import ROOT, SMALL, error, killer, launch, messages, read_metrics, shell, torchrun
 
 RUN = [*SMALL, "--max_iters=30", "--eval_interval=8", "--log_interval=3", "--dropout=0.1", "--gradient_accumulation_steps=2", "--precond=True"]

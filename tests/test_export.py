@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from engine import checkpoint
 import export
 import precond
-import pretrained
+from engine import pretrained
 import train
 from conftest import SMALL, error, read_metrics
-from config import UserError
+from engine.options import DataError, UserError
 from data import tokens
 from model import GPT, ModelConfig
 from sample import generate
@@ -108,7 +108,7 @@ def test_characters_and_bytes(tmp_path):
 def test_gpt2_byte_pairs(tmp_path):
     try:
         ours = tokens.GPT2Tokenizer()
-    except tokens.DataError as e:
+    except DataError as e:
         pytest.skip(str(e))
     export.write(with_tokenizer(ours, ours.vocab_size), tmp_path)
     theirs = check_tokenizer(tmp_path, ours, ["To be, or not  to be:\n\n that's the question...   ", "antidisestablishmentarianism 3.14159",

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import fast
+from engine import fast
 import sample
 from conftest import SMALL, read_metrics, shell, torchrun
 from model import GPT, ModelConfig

@@ -11,13 +11,13 @@ import torch
 pytest.importorskip("matplotlib", reason="pip install -r requirements-extra.txt")
 
 import plot  # noqa: E402
-import stats  # noqa: E402
+from study import stats  # noqa: E402
 import train  # noqa: E402
 import train_lra  # noqa: E402
 import train_vision  # noqa: E402
-from config import UserError  # noqa: E402
+from engine.options import UserError  # noqa: E402
 from conftest import SMALL, error  # noqa: E402
-from data.text import DataError  # noqa: E402
+from engine.options import DataError  # noqa: E402
 from precond import record  # noqa: E402
 
 ARMS = {"off": ["--precond=False"], "on": ["--precond=True"]}

@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-import pretrained
-from config import UserError
+from engine import pretrained
+from engine.options import UserError
 from model import GPT, KVCache, ModelConfig
 
 EXTRA = "pip install -r requirements-extra.txt"

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-import stats
+from study import stats
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ import pytest
 import torch
 from lra_archives import archive, cifar, imdb_files, retrieval_files
 
-import checkpoint
-import config as options
+from engine import checkpoint
+from engine import options
 import train_lra
-import trainer
+from engine import trainer
 from conftest import ROOT, error, killer, read_metrics, shell, torchrun
 from data import listops, lra, pathfinder
-from device import Compute
+from engine.device import Compute
 from model import Classifier
 from precond import condition_number, record
 

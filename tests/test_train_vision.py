@@ -13,16 +13,16 @@ EXTRA = "pip install -r requirements-extra.txt"
 for package in ("transformers", "scipy", "pycocotools", "PIL"):
     pytest.importorskip(package, reason=EXTRA)
 
-import checkpoint  # noqa: E402
-import config as options  # noqa: E402
+from engine import checkpoint  # noqa: E402
+from engine import options  # noqa: E402
 import precond  # noqa: E402
 import train_vision  # noqa: E402
-import trainer  # noqa: E402
-import vision  # noqa: E402
+from engine import trainer  # noqa: E402
+from vision import models as vision  # noqa: E402
 from conftest import ROOT, error, read_metrics, torchrun  # noqa: E402
 from data import coco  # noqa: E402
-from data.vision import make_truth  # noqa: E402
-from device import Compute  # noqa: E402
+from data.images import make_truth  # noqa: E402
+from engine.device import Compute  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools with numpy 2
 TASKS = vision.TASKS

@@ -4,12 +4,12 @@ import math
 import pytest
 import torch
 
-import device
-from config import UserError
-from metrics import Metrics, layer_kappa
+from engine import device
+from engine.options import UserError
+from engine.metrics import Metrics, layer_kappa
 from model import GPT, ModelConfig
 from precond import condition_number, precondition
-from trainer import TrainerConfig, learning_rate, make_optimizer
+from engine.trainer import TrainerConfig, learning_rate, make_optimizer
 
 
 def nanogpt_lr(it, rate, warmup, decay, low):

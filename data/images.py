@@ -19,7 +19,7 @@ from data import coco, shapes
 from data.folders import ensure
 from data.lra_sources import DAMAGED, TASKS, cifar10
 from data.order import Shuffled
-from data.tokens import DataError
+from engine.options import DataError
 
 CIFAR10_ARCHIVE = TASKS["image"].archive
 NAMED = 5  # unreadable images that are named; all are counted

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 import pytest
 
-import config as options
-from config import UserError
+from engine import options
+from engine.options import UserError
 
 
 @dataclass

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
+from engine.options import UserError
 
 
 def save(path: Path, state: dict):

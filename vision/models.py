@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import precond
-from config import UserError
+from engine.options import UserError
 from data import coco
 from model import PrecondConfig
 

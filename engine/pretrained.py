@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
+from engine.options import UserError
 from model import GPT, ModelConfig
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}

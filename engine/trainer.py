@@ -24,12 +24,12 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 
-import checkpoint
-import config as options
-import fast
-from config import UserError
-from device import Compute
-from metrics import Metrics, layer_kappa
+from engine import checkpoint
+from engine import options
+from engine import fast
+from engine.options import UserError
+from engine.device import Compute
+from engine.metrics import Metrics, layer_kappa
 from precond import LEARNED_FROM
 
 

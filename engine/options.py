@@ -17,6 +17,10 @@ class UserError(Exception):
     """Something the user can mend: `run` prints its message as one line and exits with code 2."""
 
 
+class DataError(UserError):
+    """Data that cannot be used: one line that says what is wrong, where, and what to do."""
+
+
 def run(main):
     """Call main(); a UserError ends the program with one line and exit code 2 (rank 0 prints it)."""
     try:
@@ -85,7 +89,7 @@ def preset_of_task(argv: list[str], tasks: tuple[str, ...], prefix: str) -> list
     if argv[0] not in tasks:
         near = difflib.get_close_matches(argv[0], tasks, n=1)
         raise UserError(f"unknown task {argv[0]!r}: " + (f"did you mean {near[0]}? " if near else "") + f"choose {', '.join(tasks)}")
-    presets = Path(__file__).parent / "config"
+    presets = Path(__file__).resolve().parents[1] / "config"
     small = presets / f"{prefix}_{argv[0]}_small.toml"
     return [str(small if small.exists() else presets / f"{prefix}_{argv[0]}.toml"), *argv[1:]]
 

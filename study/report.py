@@ -5,8 +5,8 @@ import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import stats
-from config import UserError
+from study import stats
+from engine.options import UserError
 
 METRICS = {"val_ap": "in percent", "val_accuracy": "as a fraction", "val_loss": "in nats"}  # a run is judged by the first that it records
 DIFFERENCE = ("difference", "95% interval", "seeds won", "p (Holm)")

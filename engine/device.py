@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from config import UserError
+from engine.options import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # From this width on bf16 is the CPU's default. Below, with AMX, casts cost more than the products gain; with AVX512-BF16

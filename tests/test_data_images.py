@@ -15,8 +15,8 @@ from pycocotools import mask as rle  # noqa: E402
 from pycocotools.coco import COCO  # noqa: E402
 from pycocotools.cocoeval import COCOeval  # noqa: E402
 
-from data import coco, shapes, vision  # noqa: E402
-from data.tokens import DataError  # noqa: E402
+from data import coco, images as vision, shapes  # noqa: E402
+from engine.options import DataError  # noqa: E402
 
 SIZE = 32
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools with numpy 2

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import UserError
+from engine.options import UserError
 from precond import condition_number, precondition, record
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import train_lra
-from config import UserError
+from engine.options import UserError
 
 BOOKKEEPING = {"seed", "out_dir", "overwrite", "eval_only", "show", "tensorboard", "wandb_log", "wandb_project", "wandb_run_name"}
 DATA = ("dataset", "tokenizer", "task", "source", "n_train", "n_val", "n_test", *sorted(set(sum(train_lra.GENERATED.values(), ()))))

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-import checkpoint
-import config as options
-from config import UserError
-from device import Compute
-from trainer import TrainerConfig, check_world
+from engine import checkpoint
+from engine import options
+from engine.options import UserError
+from engine.device import Compute
+from engine.trainer import TrainerConfig, check_world
 
 
 def open_run(cls: type, argv: list[str], doc: str) -> tuple[Any, dict, dict | UserError | None]:

@@ -1,0 +1,1 @@
+"""What compare.py and plot.py are made of: runs, reports, statistics, figures."""
