@@ -1,9 +1,12 @@
 """Folders of prepared data that are either complete or absent, whatever is killed and however many processes want the same one."""
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+
+from engine.options import DataError
 
 try:
     import fcntl
@@ -32,6 +35,20 @@ def ensure(folder: Path, fill: Callable[[Path], dict]):
             work.rename(folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def read_meta(folder: str | Path) -> dict:
+    """What `fill` returned when the folder was made. Raises DataError where meta.json is missing or damaged."""
+    try:
+        return json.loads((Path(folder) / "meta.json").read_text())
+    except (OSError, ValueError):
+        raise DataError(f"{folder} holds no readable meta.json: remove the folder and prepare it again") from None
+
+
+def sha256(path: str | Path) -> str:
+    """The hex digest of a file's content, read in pieces. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
