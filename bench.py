@@ -35,12 +35,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine import options
-from engine import fast
+from engine.packed import for_sampling
 from engine.options import UserError
-from engine.device import DTYPES, Compute, pick_device, pick_dtype
+from engine.device import DTYPES, Compute, ComputeConfig, pick_device, pick_dtype
 from model import GPT, Classifier, ModelConfig
 from sample import generate
-from engine.trainer import Trainer, TrainerConfig
+from engine.trainer import Task, Trainer, TrainerConfig
 
 TURN = 0.5  # seconds
 
@@ -66,7 +66,7 @@ NANOGPT_VOCABULARY = {50257: 50304}  # what its train.py makes of GPT-2's
 
 
 @dataclass
-class Config:
+class Config(ComputeConfig):
     sizes: Annotated[str, f"of {', '.join(SIZES)}"] = "default,char_gpu"
     arms: Annotated[str, f"of {', '.join(ARMS)}"] = "baseline,precond,precond_grad"
     against: Annotated[str, "folder of a nanoGPT checkout to time beside"] = ""
@@ -77,14 +77,13 @@ class Config:
     profile: Annotated[bool, "write a table and a trace of torch.profiler for the first arm"] = False
     out_dir: Annotated[str, "folder of the profiles"] = "bench"
     threads: Annotated[int, "of each process; 0: PyTorch's choice"] = 0
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], "of training and sampling"] = "auto"
     compile: Annotated[bool, "torch.compile the models, nanoGPT's too"] = False
     loss: Annotated[Literal["auto", "plain", "chunked"], "as in train.py"] = "auto"
     fused: Annotated[bool, "as in train.py"] = True
     tune_malloc: Annotated[bool, "as in train.py"] = True
 
     def __post_init__(self):
+        super().__post_init__()
         for name, known in (("sizes", SIZES), ("arms", ARMS)):
             for word in getattr(self, name).split(","):
                 if word not in known:
@@ -101,7 +100,7 @@ class Config:
             raise ValueError(f"--against={self.against} holds no model.py: give the folder of a nanoGPT checkout")
 
 
-class RandomTokens:
+class RandomTokens(Task):
     """A task for the Trainer: uniformly random tokens, and labels for a classifier."""
     train_metrics = ("train_loss",)
 
@@ -141,7 +140,7 @@ class Ours:
 
     def prepare_sampling(self):
         del self.trainer
-        fast.for_sampling(self.model.requires_grad_(False).eval(), self.compute.device, DTYPES[self.compute.dtype])
+        for_sampling(self.model.requires_grad_(False).eval(), self.compute.device, DTYPES[self.compute.dtype])
 
     def sample(self, prompt: torch.Tensor, new_tokens: int):
         for _ in generate(self.model, prompt, new_tokens, top_k=200):

@@ -39,13 +39,12 @@ import torch
 from engine import options
 from study import report
 from engine.options import UserError
-from study.curves import DATA
+from engine.options import DATA, FREE
 from engine.device import pick_device, pick_dtype
 from study.runs import Progress, Run, code_hash, content
 
 ROOT = Path(__file__).resolve().parent
 SCRIPTS = ("train.py", "train_lra.py", "train_vision.py")
-FREE = {"out_dir", "overwrite", "tensorboard", "wandb_log", "wandb_project", "wandb_run_name"}  # change no result
 OURS = {"seed": "--seeds and --first_seed choose the seeds", "out_dir": "--out_dir is the comparison's",
         "overwrite": "finished runs are kept", "eval_only": "a comparison trains"}
 TUNE_SEED = 100_001  # the first of the seeds that --tune uses
@@ -53,7 +52,7 @@ POLL = 0.5  # seconds between looks at the runs
 
 
 @dataclass
-class Config:
+class Config(options.Options):
     seeds: Annotated[int, "number of seeds"] = 5
     first_seed: Annotated[int, "the first of them"] = 1
     tune: Annotated[str, "KEY=A,B,...: pick the best value for each arm"] = ""
@@ -63,6 +62,7 @@ class Config:
     out_dir: Annotated[str, "folder of the runs and the report"] = "out-compare"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.seeds < 2:
             raise ValueError(f"seeds={self.seeds}: a comparison needs at least two")
         if min(self.jobs, self.threads, self.tune_seeds) < 1:
@@ -171,7 +171,7 @@ class Comparison:
             settings = [(key, f"the arm {arm.name!r}") for key in mine] + [(self.tune_key, "--tune")] * bool(self.config.tune)
             for key, who in settings:
                 options.find(key, options.options(self.module.Config))
-                if key in OURS or key in DATA:
+                if key in OURS or options.options(self.module.Config)[key].mark == DATA:
                     raise UserError(f"{who} sets {key}: " + OURS.get(key, "arms on different data cannot be paired"))
             if self.tune_key in mine:
                 raise UserError(f"{self.tune_key} is tuned, and set by the arm {arm.name!r}: choose one")
@@ -197,7 +197,7 @@ class Comparison:
         words = [*arm.words, *tuned, f"--seed={seed}"]
         config, _ = self.parse(words)
         device = pick_device(config.device)
-        values = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+        values = {k: v for k, v in dataclasses.asdict(config).items() if k not in options.marked(type(config), FREE)}
         values |= {"device": device.type, "dtype": pick_dtype(config.dtype, device, config.n_embd),
                    "init_from": "scratch" if config.init_from in ("auto", "resume") else config.init_from}
         files = {k: content(values[k]) for k in ("dataset", "source", "init_from") if os.path.exists(values.get(k) or "")}

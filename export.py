@@ -28,7 +28,7 @@ FILES = ("model.safetensors", "tokenizer.json", "tokenizer_config.json", "genera
 
 
 @dataclass
-class Config:
+class Config(options.Options):
     out_dir: Annotated[str, "folder of the run"] = "out"
     ckpt: Annotated[Literal["best", "latest"], "best by validation loss, where there is one, or the latest"] = "best"
     to: Annotated[str, "folder to write; empty: hf in out_dir"] = ""

@@ -46,13 +46,14 @@ BEFORE, AFTER, WOULD_BE = "--", "-", ":"  # line styles of A, of C A, and of the
 
 
 @dataclass
-class Config:
+class Config(options.Options):
     x: Annotated[Literal["step", "tokens", "seconds"], "the horizontal axis; seconds are those of training alone"] = "step"
     out: Annotated[str, "folder for the figures"] = "figures"
     layer: Annotated[int, "layer of the spectrum, 0 is the first; -1: the last"] = -1
     labels: Annotated[str, "names of the groups, separated by commas; empty: the options in which they differ"] = ""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.layer < -1:
             raise ValueError(f"layer={self.layer} must be 0 or more, or -1 for the last")
 
@@ -333,8 +334,9 @@ def load(run: Run):
         raise UserError(f"{path} was not written by this project")
     if saved["config"].get("task") in train_vision.TASKS:
         config = options.resume(train_vision.Config, saved["config"], {})
-        task = train_vision.VisionTask(config)
-        model = train_vision.Vision(config, len(task.data.classes)).eval()
+        with Compute("cpu", "float32", config.n_embd) as compute:
+            task, model = train_vision.open(config, compute)
+        model.eval()
         checkpoint.restore_model(model, task, saved, run.folder)
         return model, task, config
     script = train_lra if "task" in saved["config"] else train
@@ -376,7 +378,7 @@ def spectra(groups: Groups, layer: int | None) -> dict[str, list[tuple[np.ndarra
                 mask = task.probe(model, compute)
             a, ca = calls[config.n_layer - 1 if layer is None else layer]  # (B, n_head, T, head_dim)
             if not config.precond:
-                ca = precondition(a, eps=config.precond_eps, power=0.5 if config.precond_power == "learned" else config.precond_power)
+                ca = precondition(a, **config.would_be)
             for heads, x in zip(found, (a, ca)):
                 heads += [head for i, sample in enumerate(x) for head in (sample if mask is None else sample[:, mask[i]])]
         rank = max(min(head.shape) for head in found[0])

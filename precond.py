@@ -1,15 +1,20 @@
-"""Preconditioned attention: scale each row of an attention head's output to lower its condition number.
+"""Preconditioned attention: scale the rows of a head's output to lower its condition number.
 
 For one head with output A = attention(Q, K, V), a (T, D) matrix whose row i belongs to token i,
 
     C  = diag((||A_i||_2 + eps)^-power),  C_ii = 0 where A_i = 0
     A' = C A
 
-replaces A before the heads are concatenated and projected. power = 1 is the paper's preconditioner (rows of norm 1), power = 0 is
-plain attention. H. Saratchandran, "Preconditioned Attention: Enhancing Efficiency in Transformers", AISTATS 2026, arXiv 2603.27153.
+replaces A before the heads are concatenated and projected. power = 1 is the paper's
+preconditioner (rows of norm 1), power = 0 is plain attention. H. Saratchandran, "Preconditioned
+Attention: Enhancing Efficiency in Transformers", AISTATS 2026, arXiv 2603.27153.
 
-    python precond.py        # kappa before and after, for softmax attention of several sharpnesses
+    python precond.py    # kappa before and after, for softmax attention of several sharpnesses
+
+This file needs nothing but PyTorch: take it along. For models that are not this project's see
+`precondition_sdpa`, `register_transformers` and `check`.
 """
+import math
 import warnings
 from contextlib import contextmanager
 
@@ -20,27 +25,37 @@ LEARNED_FROM = 0.5  # where a learned power starts
 _recordings: list[list] = []
 
 
-def precondition(a: torch.Tensor, *, grad: bool = False, eps: float = 1e-8, power: float | torch.Tensor = 1.0) -> torch.Tensor:
-    """C A for head outputs `a` of shape (..., T, D); same shape and dtype, norms in fp32 (fp64 for fp64 input).
+def precondition(a: torch.Tensor, *, grad: bool = False, eps: float = 1e-8,
+                 power: float | torch.Tensor = 1.0) -> torch.Tensor:
+    """C A for head outputs `a` (..., T, D); same shape and dtype, norms in fp32 (fp64 for fp64).
 
-    grad=False (the paper's recipe) detaches the norms: C is a constant in the backward pass. power=0 returns `a` itself. A tensor of
-    powers (n_head,), for a of shape (B, n_head, T, D), gets its gradient either way.
-    A zero row stays zero and gets a zero gradient: values that start at exactly 0 (DETR's first decoder self-attention) stay there.
+    grad=False, the paper's recipe, detaches the norms: C is a constant in the backward pass.
+    power=0 returns `a` itself. A tensor of powers (n_head,), for `a` of shape
+    (B, n_head, T, D), gets its gradient either way.
+
+    A zero row stays zero and gets a zero gradient. Values that start at exactly 0, as in DETR's
+    first decoder self-attention, therefore stay there.
     """
     out = _scale_rows(a, grad, eps, power)
     _note(a, out)
     return out
 
 
-def _scale_rows(a: torch.Tensor, grad: bool, eps: float, power: float | torch.Tensor) -> torch.Tensor:
+def _scale_rows(a: torch.Tensor, grad: bool, eps: float,
+                power: float | torch.Tensor) -> torch.Tensor:
     learned = isinstance(power, torch.Tensor)
     if not learned and power == 0:
         return a
+    # Half precision would lose small norms and overflow on large ones.
     dtype = torch.promote_types(a.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(a if grad else a.detach(), dim=-1, keepdim=True, dtype=dtype)
+    rows = a if grad else a.detach()
+    norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype)  # (..., T, 1)
     zero = norm == 0
-    if grad or learned:  # no infinite slope where the norm is 0
-        c = (norm.masked_fill(zero, 1.0) + eps).pow(-power[:, None, None] if learned else -power).masked_fill(zero, 0.0)
+    if learned:
+        power = power[:, None, None]  # (n_head, 1, 1)
+    if grad or learned:
+        # The slope of norm^-power is infinite at 0: put 1 there before, and 0 after.
+        c = (norm.masked_fill(zero, 1.0) + eps).pow(-power).masked_fill(zero, 0.0)
     else:
         c = (norm + eps).pow_(-power).masked_fill_(zero, 0.0)
     return (a * c).to(a.dtype)
@@ -55,7 +70,7 @@ def _note(a: torch.Tensor, out: torch.Tensor):
 
 @contextmanager
 def record():
-    """Collect (A, C A), each (..., T, D), of every attention call made inside: `with record() as calls: model(x)`."""
+    """Collect (A, C A) of every attention call made inside: `with record() as calls: model(x)`."""
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     _recordings.append(calls)
     try:
@@ -65,10 +80,10 @@ def record():
 
 
 def condition_number(a: torch.Tensor) -> torch.Tensor:
-    """sigma_max / sigma_min over the min(T, D) singular values: (..., T, D) -> (...) fp32 on the CPU.
+    """sigma_max / sigma_min of min(T, D) singular values: (..., T, D) -> (...) fp32 on the CPU.
 
-    A is taken in fp32 and its singular values in fp64. inf where sigma_min <= 2^-23 sigma_max (rank-deficient to fp32), nan where
-    A is not finite.
+    A is taken in fp32 and its singular values in fp64. inf where sigma_min <= 2^-23 sigma_max,
+    which is rank-deficient to fp32; nan where A is not finite.
     """
     a = a.detach().float().cpu().double()
     finite = a.isfinite().all(dim=-1).all(dim=-1)
@@ -78,9 +93,41 @@ def condition_number(a: torch.Tensor) -> torch.Tensor:
     return torch.where(finite, kappa, torch.nan).float()
 
 
-def preconditioned_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, *,
-                             grad: bool = False, eps: float = 1e-8, power: float = 1.0) -> torch.Tensor:
-    """torch.nn.functional.scaled_dot_product_attention, preconditioned: (..., T, D) queries -> (..., T, D)."""
+def kappa_by_layer(forward, would_be: dict | None = None) -> dict[str, list]:
+    """Condition numbers of the head outputs in one forward pass, as lists over layers.
+
+    forward() runs the model. It returns None, or a (B, T) bool mask of the real tokens: the only
+    rows that count. kappa_before is the median of kappa(A) over samples and heads, kappa_after
+    that of kappa(C A). None stands for an infinite median; kappa_*_infinite counts the infinite
+    ones. For a model that runs without C give `would_be`, keyword arguments of `precondition`:
+    kappa_after is then that of the C which the model could have.
+    """
+    with torch.no_grad(), record() as calls:
+        mask = forward()
+    result = {f"kappa_{name}": [] for name in
+              ("before", "after", "before_infinite", "after_infinite")}
+    for a, ca in calls:
+        if would_be is not None:
+            ca = precondition(a, **would_be)
+        for name, x in ("kappa_before", a), ("kappa_after", ca):
+            if mask is None:
+                kappa = condition_number(x).flatten()
+            else:
+                samples = [sample[:, real] for sample, real in zip(x, mask)]  # (n_head, t, D)
+                kappa = torch.cat([condition_number(sample) for sample in samples])
+            median = kappa.median().item()
+            result[name].append(median if math.isfinite(median) else None)
+            result[f"{name}_infinite"].append(int(kappa.isinf().sum()))
+    return result
+
+
+# For models that are not this project's.
+
+
+def preconditioned_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+                             enable_gqa=False, *, grad: bool = False, eps: float = 1e-8,
+                             power: float = 1.0) -> torch.Tensor:
+    """F.scaled_dot_product_attention, preconditioned: queries (..., T, D) -> (..., T, D)."""
     a = _sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     return precondition(a, grad=grad, eps=eps, power=power)
 
@@ -90,17 +137,19 @@ _sdpa = F.scaled_dot_product_attention
 
 @contextmanager
 def precondition_sdpa(*, grad: bool = False, eps: float = 1e-8, power: float = 1.0):
-    """Precondition every call of torch.nn.functional.scaled_dot_product_attention made inside. The innermost of several counts.
+    """Precondition every call of F.scaled_dot_product_attention made inside.
 
-    PyTorch's fused inference path of nn.MultiheadAttention and nn.TransformerEncoderLayer goes round that function, so it is off
-    inside. Not reached: code that imported the function by name before, nn.MultiheadAttention with need_weights=True (its default),
-    TorchScript, attention written out by hand. `check` tells.
+    The innermost of several counts. PyTorch's fused inference path of nn.MultiheadAttention and
+    nn.TransformerEncoderLayer goes round that function, so it is off inside. Not reached: code
+    that imported the function by name before, nn.MultiheadAttention with need_weights=True (its
+    default), TorchScript, attention written out by hand. `check` tells.
     """
     def replacement(*args, **kwargs):
         return preconditioned_attention(*args, grad=grad, eps=eps, power=power, **kwargs)
 
     replacement.preconditions = True
-    before, fused = F.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()
+    before = F.scaled_dot_product_attention
+    fused = torch.backends.mha.get_fastpath_enabled()
     F.scaled_dot_product_attention = replacement
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -110,53 +159,69 @@ def precondition_sdpa(*, grad: bool = False, eps: float = 1e-8, power: float = 1
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def register_transformers(name: str = "preconditioned", *, grad: bool = False, eps: float = 1e-8, power: float = 1.0):
-    """Add an attention implementation to Hugging Face transformers: Model._from_config(config, attn_implementation=name).
+def register_transformers(name: str = "preconditioned", *, grad: bool = False, eps: float = 1e-8,
+                          power: float = 1.0):
+    """Add an attention implementation to Hugging Face transformers.
 
-    It is transformers' own SDPA attention, with its masks, followed by C. Models that do not use transformers' attention interface
-    take any name and ignore it: run `check` once. Attention that SDPA does not compute (sinks, sparse indices) raises ValueError.
-    Registering a name again changes the options of every model that has it. Raises ImportError without transformers.
+    Then Model._from_config(config, attn_implementation=name). It is transformers' own SDPA
+    attention, with its masks, followed by C. Models that do not use transformers' attention
+    interface take any name and ignore it: run `check` once. Attention that SDPA does not compute
+    (sinks, sparse indices) raises ValueError. Registering a name again changes the options of
+    every model that has it. Raises ImportError without transformers.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         from transformers.masking_utils import sdpa_mask
     except ImportError:
-        raise ImportError("register_transformers needs transformers: pip install -r requirements-extra.txt") from None
+        raise ImportError("register_transformers needs transformers: "
+                          "pip install -r requirements-extra.txt") from None
 
     def attention(module, query, key, value, attention_mask, **kwargs):
-        for extra in ("s_aux", "indices"):  # sdpa_attention_forward would drop them without a word
+        for extra in ("s_aux", "indices"):  # sdpa_attention_forward would drop them unsaid
             if kwargs.get(extra) is not None:
-                raise ValueError(f"{type(module).__name__} passes {extra} to its attention, which SDPA does not compute: "
-                                 f"attn_implementation={name!r} cannot serve this model")
-        a, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # (B, T, n_head, D)
-        if not getattr(F.scaled_dot_product_attention, "preconditions", False):  # else precondition_sdpa has done it
-            ca = _scale_rows(a, grad, eps, power)  # in the memory's own layout: half the time
-            before = a.transpose(1, 2)
-            _note(before, before if ca is a else ca.transpose(1, 2))
-            a = ca
-        return a, weights
+                raise ValueError(f"{type(module).__name__} passes {extra} to its attention, which "
+                                 f"SDPA does not compute: attn_implementation={name!r} cannot "
+                                 "serve this model")
+        a, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        if getattr(F.scaled_dot_product_attention, "preconditions", False):
+            return a, weights  # precondition_sdpa has done it
+        # a is (B, T, n_head, D), transposed in memory: scaling it as it lies halves the time.
+        ca = _scale_rows(a, grad, eps, power)
+        before = a.transpose(1, 2)
+        _note(before, before if ca is a else ca.transpose(1, 2))
+        return ca, weights
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def check(model: torch.nn.Module, *args, **inputs) -> int:
-    """Run model(*args, **inputs) and return how many of its attention calls were preconditioned; RuntimeError where none was.
+    """Run model(*args, **inputs); how many attention calls were preconditioned.
 
-    The pass runs in the model's and the caller's present mode (train or eval, gradients or none, inside precondition_sdpa or not) and
-    says nothing about another. power=0 does not count. A module named like attention in which no call was preconditioned, beside
-    others in which one was, is a warning with its name.
+    RuntimeError where none was. The pass runs in the present mode of model and caller (train or
+    eval, gradients or none, inside precondition_sdpa or not) and says nothing about another.
+    power=0 does not count. A module named like attention in which no call was preconditioned,
+    beside others in which one was, is a warning with its name.
     """
-    silent, hooks = {}, []
+    silent = {}
+    hooks = []
 
     def count():
-        return sum(before is not after for before, after in calls)  # power=0 records one tensor twice
+        return sum(before is not after for before, after in calls)  # power=0: one tensor twice
 
     def watch(name, module):
-        seen = []
-        hooks.append(module.register_forward_pre_hook(lambda *_: seen.append(count())))
-        hooks.append(module.register_forward_hook(lambda *_: silent.update({name: silent.get(name, True) and seen.pop() == count()})))
+        counts = []
+
+        def enter(*_):
+            counts.append(count())
+
+        def leave(*_):
+            unreached = counts.pop() == count()
+            silent[name] = silent.get(name, True) and unreached
+
+        hooks.append(module.register_forward_pre_hook(enter))
+        hooks.append(module.register_forward_hook(leave))
 
     with record() as calls:
         try:
@@ -168,30 +233,39 @@ def check(model: torch.nn.Module, *args, **inputs) -> int:
             for hook in hooks:
                 hook.remove()
     n = count()
+    kind = type(model).__name__
     if not n:
-        raise RuntimeError(f"no attention call of {type(model).__name__} was preconditioned: give it attn_implementation='preconditioned' "
-                           "or run it inside precondition_sdpa(), with a power other than 0. transformers' eager attention and "
-                           "nn.MultiheadAttention with need_weights=True, its default, go round scaled_dot_product_attention; a model that "
-                           "writes its attention out by hand needs precond.precondition in its own code")
-    if missed := [name for name, unreached in silent.items() if unreached]:
-        warnings.warn(f"{n} attention calls of {type(model).__name__} were preconditioned, but none in {', '.join(missed)}", stacklevel=2)
+        raise RuntimeError(
+            f"no attention call of {kind} was preconditioned: give it "
+            "attn_implementation='preconditioned' or run it inside precondition_sdpa(), with a "
+            "power other than 0. transformers' eager attention and nn.MultiheadAttention with "
+            "need_weights=True, its default, go round scaled_dot_product_attention; a model that "
+            "writes its attention out by hand needs precond.precondition in its own code")
+    missed = [name for name, unreached in silent.items() if unreached]
+    if missed:
+        warnings.warn(f"{n} attention calls of {kind} were preconditioned, but none in "
+                      f"{', '.join(missed)}", stacklevel=2)
     return n
 
 
 def _demonstrate(T: int = 197, D: int = 64, heads: int = 16):
-    print(f"median condition number of softmax attention's output, {heads} heads of {T} x {D}, Gaussian Q, K, V")
+    print(f"median condition number of softmax attention's output, {heads} heads of {T} x {D}, "
+          "Gaussian Q, K, V")
     print(f"{'logit scale':>12} {'A':>10} {'C A':>10}")
     generator = torch.Generator().manual_seed(0)
     for sharpness in (0.1, 1.0, 3.0, 10.0, 30.0):
         q, k, v = torch.randn(3, heads, T, D, generator=generator, dtype=torch.float64)
         a = F.scaled_dot_product_attention(sharpness * q, k, v)
-        before, after = (condition_number(x).median() for x in (a, precondition(a)))
+        before = condition_number(a).median()
+        after = condition_number(precondition(a)).median()
         print(f"{sharpness:12g} {before:10.2f} {after:10.2f}")
     e = torch.eye(2)
     a = torch.cat([e, 1e-3 * e[:1].expand(195, 2)])
     print(f"{'by hand':>12} {condition_number(a):10.2f} {condition_number(precondition(a)):10.2f}")
-    print("Scaling rows evens out their lengths, which lowers kappa when the lengths were the trouble; where short rows all point the\n"
-          "same way (the last line: e1, e2 and 195 copies of e1/1000) it magnifies that one direction, and kappa rises.")
+    print("""\
+Scaling rows evens out their lengths. That lowers kappa when the lengths were the trouble. Where
+short rows all point the same way (the last line: e1, e2 and 195 copies of e1/1000) it magnifies
+that one direction, and kappa rises.""")
 
 
 if __name__ == "__main__":

@@ -17,33 +17,26 @@ import torch
 
 from engine import checkpoint
 from engine import options
-from engine import fast
-from engine.options import UserError
+from engine.packed import for_sampling
+from engine.options import UserError, at_least, in_range
 from data import text
-from engine.device import DTYPES, Compute
-from model import GPT, KVCache
+from engine.device import DTYPES, Compute, ComputeConfig
+from engine.kv_cache import KVCache
+from model import GPT
 
 
 @dataclass
-class Config:
+class Config(ComputeConfig):
     out_dir: Annotated[str, "folder of the run"] = "out"
     ckpt: Annotated[Literal["best", "latest"], "best by validation loss, where there is one, or the latest"] = "best"
     start: Annotated[str, "prompt, FILE:path/to/prompt.txt, or LINES:path/to/prompts.txt, a prompt a line"] = "\n"
-    num_samples: Annotated[int, "samples of a prompt, all drawn in one batch; the first is shown as it is written"] = 3
-    max_new_tokens: Annotated[int, "length of a sample in tokens"] = 500
-    temperature: Annotated[float, "1: the model's distribution; below: more cautious; 0: always the likeliest token"] = 0.8
-    top_k: Annotated[int, "choose among the k likeliest tokens; 0: all"] = 200
-    top_p: Annotated[float, "choose among the likeliest tokens that hold this probability; 1: all"] = 1.0
+    num_samples: Annotated[int, "samples of a prompt, all drawn in one batch; the first is shown as it is written", at_least(1)] = 3
+    max_new_tokens: Annotated[int, "length of a sample in tokens", at_least(0)] = 500
+    temperature: Annotated[float, "1: the model's distribution; below: more cautious; 0: always the likeliest token", at_least(0)] = 0.8
+    top_k: Annotated[int, "choose among the k likeliest tokens; 0: all", at_least(0)] = 200
+    top_p: Annotated[float, "choose among the likeliest tokens that hold this probability; 1: all", in_range(0, 1, closed="high")] = 1.0
     stop: Annotated[str, "end a sample before this text; \\n is a line end"] = ""
-    seed: Annotated[int, "of the random choices"] = 1337
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], "of the forward pass"] = "auto"
-
-    def __post_init__(self):
-        if self.num_samples < 1 or self.max_new_tokens < 0:
-            raise ValueError(f"num_samples={self.num_samples} must be at least 1 and max_new_tokens={self.max_new_tokens} not negative")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"temperature={self.temperature} and top_k={self.top_k} must not be negative, top_p={self.top_p} in (0, 1]")
+    seed: Annotated[int, "seed for the random choices", options.seed] = 1337
 
 
 @torch.inference_mode()  # cheaper operator calls than no_grad: most of a small model's time
@@ -150,7 +143,7 @@ def main():
     tokenizer = text.load_tokenizer(saved["task"]["tokenizer"])
     prompts = [prompt for prompt in read_prompts(config.start) for _ in range(config.num_samples)]
     with Compute(config.device, config.dtype, saved["config"]["n_embd"]) as compute:
-        model = fast.for_sampling(GPT.from_checkpoint(saved), compute.device, DTYPES[compute.dtype])
+        model = for_sampling(GPT.from_checkpoint(saved), compute.device, DTYPES[compute.dtype])
         generator = torch.Generator(compute.device).manual_seed(config.seed)
         batch, padding = stack([tokenizer.encode(prompt) for prompt in prompts], compute.device)
         writers = [Writer(tokenizer, config.stop.replace("\\n", "\n")) for _ in prompts]

@@ -21,14 +21,14 @@ from typing import Annotated
 import numpy as np
 import torch
 
-from engine import checkpoint
-from engine import options
-from engine import run as session
+from engine import checkpoint, options
 from data import coco
 from engine.options import DataError
 from data.images import open_data
 from engine.device import Compute
-from engine.trainer import Trainer, TrainerConfig
+from engine.options import DATA, FREE, at_least
+from engine.run import open_run
+from engine.trainer import Task, Trainer, TrainerConfig
 from vision.models import TASKS, Vision, VisionConfig, detections
 
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # Okabe and Ito's
@@ -38,27 +38,24 @@ TITLE, GAP = 26, 8  # height of a drawing's title, pixels between its halves
 
 @dataclass
 class Config(TrainerConfig, VisionConfig):
-    source: Annotated[str, "CIFAR-10's archive, or a COCO folder; empty: generated shapes", "fixed"] = ""
+    source: Annotated[str, "CIFAR-10's archive, or a COCO folder; empty: generated shapes",
+                      DATA] = ""
     data_dir: Annotated[str, "where data that was read is kept"] = "data"
-    n_val: Annotated[int, "generated validation images", "fixed"] = 500
-    show: Annotated[int, "draw the predictions on this many validation images, as PNG in out_dir"] = 0
-    out_dir: Annotated[str, "folder of the run: checkpoints, metrics, configuration"] = "out-vision-detect"
-    batch_size: Annotated[int, "images in one forward pass of one process"] = 16
-    max_iters: Annotated[int, "training steps"] = 5000
-    learning_rate: Annotated[float, "peak learning rate"] = 1e-3
-    min_lr: Annotated[float, "learning rate at the end"] = 1e-5
-    warmup_iters: Annotated[int, "steps of linear warm-up"] = 200
-    eval_interval: Annotated[int, "steps between evaluations, each followed by a checkpoint"] = 1000
-    log_interval: Annotated[int, "steps between records in metrics.jsonl"] = 50
-
-    def __post_init__(self):
-        VisionConfig.__post_init__(self)
-        TrainerConfig.__post_init__(self)
-        if self.n_val < 1 or self.show < 0:
-            raise ValueError(f"n_val={self.n_val} must be at least 1, show={self.show} not negative")
+    n_val: Annotated[int, "generated validation images", DATA, at_least(1)] = 500
+    show: Annotated[int, "draw the predictions on this many validation images, as PNG in out_dir",
+                    FREE, at_least(0)] = 0
+    # Other defaults than train.py's.
+    out_dir: str = "out-vision-detect"
+    batch_size: int = 16
+    max_iters: int = 5000
+    learning_rate: float = 1e-3
+    min_lr: float = 1e-5
+    warmup_iters: int = 200
+    eval_interval: int = 1000
+    log_interval: int = 50
 
 
-class VisionTask:
+class VisionTask(Task):
     """The task: a label, boxes or masks for each image."""
 
     def __init__(self, config: Config):
@@ -70,7 +67,7 @@ class VisionTask:
             raise DataError(f"none of the {n} validation images that are evaluated has an object: raise --eval_iters")
         self.values_per_token = 3 * config.patch_size**2
         self.train_metrics = ("train_loss", "train_accuracy") if self.classify else ("train_loss",)
-        self.objective = ("val_accuracy" if self.classify else "val_ap", "max")
+        self.objective = "val_accuracy" if self.classify else "val_ap"
 
     def batch(self, first: int, count: int) -> tuple[torch.Tensor, ...]:
         return self.data.train.batch(self.data.train.order(first, count, self.seed))
@@ -202,31 +199,40 @@ def preset_of_task(argv: list[str]) -> list[str]:
     return options.preset_of_task(argv, TASKS, "vision")
 
 
+def open(config: Config, compute: Compute) -> tuple[VisionTask, Vision]:
+    """The task, its data prepared where it was not, and a model with its first weights."""
+    task = compute.once_per_node(lambda: VisionTask(config))
+    torch.manual_seed(config.seed)
+    return task, Vision(config, len(task.data.classes))
+
+
 def main():
-    config, _, saved = session.open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
-    folder = Path(config.out_dir)
-    with session.compute_for(config, saved) as compute:
-        task = compute.once_per_node(lambda: VisionTask(config))
-        torch.manual_seed(config.seed)
-        model = Vision(config, len(task.data.classes))
+    run = open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
+    config = run.config
+    with run.compute() as compute:
+        task, model = open(config, compute)
         if compute.main:
-            print(f"data: {config.source or 'generated shapes'}, {len(task.data.val):,} validation images, "
-                  f"{len(task.data.classes)} classes\n"
-                  f"model: {type(model.network).__name__}, {model.n_parameters():,} parameters, {config.describe_precond()}\n"
+            print(f"data: {config.source or 'generated shapes'}, {len(task.data.val):,} "
+                  f"validation images, {len(task.data.classes)} classes\n"
+                  f"model: {type(model.network).__name__}, {model.n_parameters():,} parameters, "
+                  f"{config.describe_precond()}\n"
                   f"compute: {compute.describe()}", flush=True)
             if more := task.crowded():
-                print(f"{more:,} of the validation images have more than queries={config.queries} objects: raise --queries to find them all")
+                print(f"{more:,} of the validation images have more than "
+                      f"queries={config.queries} objects: raise --queries to find them all")
         if config.eval_only:
-            session.evaluate_only(config, task, model, compute, saved)
+            run.evaluate(task, model, compute)
         else:
-            session.finish(config, Trainer(config, task, model, compute, saved).run(), compute)
+            run.finish(Trainer(config, task, model, compute, run.saved).run(), compute)
             if compute.main:
-                print(f"next: python train_vision.py --eval_only --show=8 --out_dir={config.out_dir}        # draw predictions of the best "
-                      f"checkpoint\n      python plot.py {config.out_dir}        # figures\n"
-                      f"      python compare.py train_vision.py {config.task} --vary precond=False,True --seeds=3   # with and without")
+                print(f"""\
+next: python train_vision.py --eval_only --show=8 --out_dir={config.out_dir}   # draw predictions
+      python plot.py {config.out_dir}        # figures
+      python compare.py train_vision.py {config.task} --vary precond=False,True --seeds=3""")
         if config.show and compute.main:
-            checkpoint.restore_model(model, task, checkpoint.read(checkpoint.choose(folder, best=True)), folder)
-            show(task, model.eval(), compute, config.show, folder)
+            best = checkpoint.read(checkpoint.choose(run.folder, best=True))
+            checkpoint.restore_model(model, task, best, run.folder)
+            show(task, model.eval(), compute, config.show, run.folder)
 
 
 if __name__ == "__main__":

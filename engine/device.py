@@ -1,44 +1,63 @@
-"""The hardware behind one object: device, dtype and autocast, processes (torchrun), memory and matrix-product peak.
+"""The hardware behind one object: device, dtype, processes, memory, matrix-product speed.
 
 Everything else asks `Compute` and never branches on cuda, mps, cpu or the number of processes.
 """
 import contextlib
+import ctypes
 import os
 import resource
+import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 
-from engine.options import UserError
+from engine.options import Options, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# From this width on bf16 is the CPU's default. Below, with AMX, casts cost more than the products gain; with AVX512-BF16
-# a step of width 128 takes 0.96 of the time in float32, too little to give up its accuracy, and one of width 256 takes 0.68.
+# From this width on bf16 is the CPU's default. Below, with AMX, casts cost more than the products
+# gain. With AVX512-BF16 a step of width 128 takes 0.96 of the time in float32, too little to give
+# up its accuracy, and one of width 256 takes 0.68.
 BF16_WIDTH = 256
 CPUINFO = Path("/proc/cpuinfo")
 
 
+@dataclass
+class ComputeConfig(Options):
+    """What a command computes on."""
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"],
+                     "number format of the model's products"] = "auto"
+
+
 def pick_device(name: str) -> torch.device:
     """"auto" -> cuda > mps > cpu. Raises UserError for a device that is absent or unknown."""
+    cuda = torch.cuda.device_count()
+    mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if cuda else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device={name} is not a device: choose auto, cpu, cuda, cuda:0, ... or mps") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device={name} asked for, but PyTorch sees {torch.cuda.device_count()} CUDA GPUs: use --device=cpu or --device=auto")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device=mps asked for, but this machine has none: use --device=cpu or --device=auto")
+        raise UserError(f"--device={name} is not a device: choose auto, cpu, cuda, cuda:0, ... "
+                        "or mps") from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device={name} is not supported: choose auto, cpu, cuda or mps")
+    if device.type == "cuda" and (device.index or 0) >= cuda:
+        raise UserError(f"--device={name} asked for, but PyTorch sees {cuda} CUDA GPUs: use "
+                        "--device=cpu or --device=auto")
+    if device.type == "mps" and not mps:
+        raise UserError("--device=mps asked for, but this machine has none: use --device=cpu or "
+                        "--device=auto")
     return device
 
 
 def pick_dtype(name: str, device: torch.device, n_embd: int) -> str:
-    """"auto" -> bfloat16 where the hardware multiplies it natively and the model is wide enough to gain by it, else float32."""
+    """"auto" -> bfloat16 where the hardware multiplies it natively and the model gains by it."""
     if name == "float16" and device.type == "cpu":
         raise UserError("--dtype=float16 is for GPUs: use --dtype=bfloat16 or float32 on a CPU")
     if name != "auto":
@@ -51,28 +70,58 @@ def pick_dtype(name: str, device: torch.device, n_embd: int) -> str:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Faster than float32: with AMX, and with AVX512-BF16 on AMD's processors (2.2 times), not on Intel's (0.5 times, measured)."""
+    """Faster than float32: with AMX, and with AVX512-BF16 on AMD's processors.
+
+    Measured: 2.2 times as fast there, half as fast with AVX512-BF16 on Intel's.
+    """
     if torch.cpu._is_amx_tile_supported():
         return True
-    return torch.cpu._is_avx512_bf16_supported() and CPUINFO.exists() and "AuthenticAMD" in CPUINFO.read_text()
+    if not torch.cpu._is_avx512_bf16_supported() or not CPUINFO.exists():
+        return False
+    return "AuthenticAMD" in CPUINFO.read_text()
 
 
-def autocast(device: torch.device, dtype: str):
-    """A context for forward passes in `dtype` (parameters stay float32)."""
-    return torch.autocast(device.type, dtype=DTYPES[dtype], enabled=dtype != "float32")
+def check_compiler(device: torch.device):
+    """Raises UserError where torch.compile would not find a compiler."""
+    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        raise UserError("--compile on a CPU needs a C++ compiler (g++ or clang++) on the PATH: "
+                        "install one, or leave --compile off")
+
+
+def tune_allocator() -> bool:
+    """Let malloc keep freed memory for the process's next allocation; True where it can be (glibc).
+
+    By default each block above 32 MB is mapped anew and given back when it is freed. Every
+    training step then pays the page faults of its large temporaries again.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library; TypeError on Windows
+        return False
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+    return mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) == 1
 
 
 class Compute:
-    """One process's share of the machine: `device`, `dtype` (a name), `rank` of `world`; `main` is True on rank 0."""
+    """One process's share of the machine: `device`, `dtype` (a name), `rank` of `world`.
+
+    `main` is True on rank 0, `ddp` where torchrun started the processes.
+    """
 
     def __init__(self, device: str, dtype: str, n_embd: int):
-        self.rank, self.world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        self.main, self.local_main, self.ddp = self.rank == 0, local == 0, "RANK" in os.environ
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        self.ddp = "RANK" in os.environ
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_main = local == 0
         self.device = pick_device(device)
         if self.ddp and self.device.type == "cuda":
-            wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+            wanted = int(os.environ["LOCAL_WORLD_SIZE"])
+            there = torch.cuda.device_count()
             if wanted > there:
-                raise UserError(f"{wanted} processes on this node, but {there} GPUs: use --nproc_per_node={there} or --device=cpu")
+                raise UserError(f"{wanted} processes on this node, but {there} GPUs: use "
+                                f"--nproc_per_node={there} or --device=cpu")
             self.device = torch.device("cuda", local)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -81,27 +130,36 @@ class Compute:
 
     def __enter__(self):
         if self.ddp:
-            # gloo beside nccl: flags and Python objects travel between CPUs, without waiting for the GPU
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            # gloo beside nccl: flags and Python objects travel between CPUs, without waiting for
+            # the GPU.
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend)
         return self
 
     def __exit__(self, kind, *rest):
-        if self.ddp and kind is None:
-            dist.barrier()
         if self.ddp:
+            if kind is None:
+                dist.barrier()
             dist.destroy_process_group()
 
     def describe(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        return f"{self.device.type} ({name}), {self.dtype}" + (f", {self.world} processes" if self.ddp else "")
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            name = f"{torch.get_num_threads()} threads"
+        processes = f", {self.world} processes" if self.ddp else ""
+        return f"{self.device.type} ({name}), {self.dtype}{processes}"
 
     def autocast(self):
-        return autocast(self.device, self.dtype)
+        """A context for forward passes in `dtype`; parameters stay float32."""
+        enabled = self.dtype != "float32"
+        return torch.autocast(self.device.type, dtype=DTYPES[self.dtype], enabled=enabled)
 
     @contextlib.contextmanager
     def full_precision(self):
-        """A context in which float32 products are float32's: on a GPU they are TF32's otherwise, with 10 bits for the fraction."""
-        matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        """A context without TF32, which on a GPU gives float32's products 10 bits of fraction."""
+        matmul = torch.get_float32_matmul_precision()
+        convolution = torch.backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
         try:
@@ -110,22 +168,28 @@ class Compute:
             torch.set_float32_matmul_precision(matmul)
             torch.backends.cudnn.allow_tf32 = convolution
 
-    def together(self, work, alone: bool):
-        """work() where `alone` is true; a UserError it raises is raised on every process, so that none waits for another."""
-        result, error = None, None
-        if alone:
+    def on_main(self, work: Callable):
+        """work() on rank 0, which alone gets its result; its UserError is raised on all."""
+        return self._where(self.main, work)
+
+    def once_per_node(self, work: Callable):
+        """work() on one process of each node, then on the others, which find its files."""
+        result = self._where(self.local_main, work)
+        return result if self.local_main else work()
+
+    def _where(self, here: bool, work: Callable):
+        """work() where `here` is true. A UserError is raised on every process: none waits."""
+        result = None
+        error = None
+        if here:
             try:
                 result = work()
             except UserError as e:
                 error = str(e)
-        if errors := [e for e in self.gather(error) if e]:
+        errors = [e for e in self.gather(error) if e]
+        if errors:
             raise UserError(errors[0])
         return result
-
-    def once_per_node(self, work):
-        """work() on one process of each node, then on the others, which find its files; returns its result on all."""
-        result = self.together(work, alone=self.local_main)
-        return result if self.local_main else work()
 
     def move(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         if self.device.type == "cuda":
@@ -133,11 +197,13 @@ class Compute:
         return [t.to(self.device) for t in tensors]
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model behind DistributedDataParallel where there are several processes. Its buffers are constants: they need no broadcast,
-        in which a process without a batch to evaluate would be missed."""
+        """The model behind DistributedDataParallel, where there are several processes."""
         if not self.ddp:
             return model
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
+        devices = [self.device] if self.device.type == "cuda" else None
+        # Buffers are constants here. Broadcasting them would wait for every process in each
+        # forward pass, and in an evaluation a process may have no batch left.
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices,
                                                          broadcast_buffers=False)
 
     def reduce(self, values: list[float], how: str = "sum") -> list[float]:
@@ -172,34 +238,42 @@ class Compute:
             torch.mps.set_rng_state(state["mps"])
 
     def synchronize(self):
+        """Wait until the device has done what it was given: before a look at the clock."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
     def peak_memory_mb(self) -> float:
-        """Peak memory of this process: allocated by PyTorch on a GPU, resident on a CPU (MB = 2^20 bytes)."""
+        """Peak of this process: PyTorch's on a GPU, resident memory on a CPU (MB = 2^20 bytes)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         if self.device.type == "mps":
             return torch.mps.driver_allocated_memory() / 2**20
-        kilo = 1 if os.uname().sysname == "Darwin" else 1024  # ru_maxrss: bytes on macOS, kilobytes on Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 2**20
+        # ru_maxrss is in bytes on macOS, in kilobytes on Linux.
+        unit = 1 if os.uname().sysname == "Darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
     def matmul_peak(self, seconds: float = 0.3) -> float:
-        """FLOP/s of a large matrix product in `dtype`, measured now: the best of what fits into `seconds`. Peak memory counts from here on."""
+        """FLOP/s of a large matrix product in `dtype`, measured now: the best within `seconds`.
+
+        Peak memory on a GPU counts from here on.
+        """
         n = 8192 if self.device.type == "cuda" else 1024
-        a, b = torch.randn(2, n, n, device=self.device, dtype=DTYPES[self.dtype], generator=torch.Generator(self.device).manual_seed(0))
-        out, best = torch.empty_like(a), float("inf")
+        generator = torch.Generator(self.device).manual_seed(0)
+        a, b = torch.randn(2, n, n, device=self.device, dtype=DTYPES[self.dtype],
+                           generator=generator)
+        out = torch.empty_like(a)
         torch.mm(a, b, out=out)
         self.synchronize()
+        best = float("inf")
         end = time.perf_counter() + seconds
         while best == float("inf") or time.perf_counter() < end:
             start = time.perf_counter()
             torch.mm(a, b, out=out)
             self.synchronize()
             best = min(best, time.perf_counter() - start)
-        if self.device.type == "cuda":  # peak_memory_mb is that of what comes after
+        if self.device.type == "cuda":
             del a, b, out
             torch.cuda.reset_peak_memory_stats(self.device)
         return 2 * n**3 / best

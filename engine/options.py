@@ -1,34 +1,52 @@
-"""Options: a dataclass's defaults <- a TOML preset <- --key=value on the command line. `--help` is made from the dataclass.
+"""Options: a dataclass's defaults <- a TOML preset <- --key=value on the command line.
 
-A field is declared `name: Annotated[type, "meaning", mark?] = default`; type is int, float, bool, str, Literal[...] or a union of these.
-Options marked "fixed" decide what a run is: they cannot change when it is resumed. "fixed in training" ones can change in an evaluation.
+A field of a configuration is declared once, with all that is known of it:
+
+    n_head: Annotated[int, "attention heads per block", FIXED, at_least(1)] = 4
+
+Its type is int, float, bool, str, Literal[...] or a union of these. After its meaning come a mark
+and checks, both optional. `--help`, presets, error messages, resuming and comparisons follow.
+A subclass that only wants another default writes `n_head: int = 2`.
 """
 import dataclasses
 import difflib
+import functools
+import math
 import os
+import shutil
 import sys
+import textwrap
 import tomllib
 import types
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+# Marks: what may happen to an option after a run has begun.
+FIXED = "fixed"  # decides what a run is: cannot change on resume
+FIXED_IN_TRAINING = "fixed in training"  # the same, but an evaluation may change it
+DATA = "data"  # chooses the data: fixed, and the same for all arms of a comparison
+FREE = "free"  # changes no result
+
 
 class UserError(Exception):
-    """Something the user can mend: `run` prints its message as one line and exits with code 2."""
+    """Something the user can mend. `run` prints its message as one line and exits with code 2."""
 
 
 class DataError(UserError):
-    """Data that cannot be used: one line that says what is wrong, where, and what to do."""
+    """Data that cannot be used: the message says what is wrong, where, and what to do."""
 
 
-def run(main):
-    """Call main(); a UserError ends the program with one line and exit code 2 (rank 0 prints it)."""
+def run(main: Callable[[], None]):
+    """Call main(). A UserError ends the program with one line and exit code 2; rank 0 prints it."""
     try:
         main()
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
-        if "RANK" in os.environ:  # freeing a DDP model waits, with the GIL, for gloo's threads, which after an error may want the GIL
+        if "RANK" in os.environ:
+            # Freeing a DDP model waits, with the GIL, for gloo's threads. After an error these may
+            # want the GIL themselves. So leave without freeing anything.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(2)
@@ -38,77 +56,193 @@ def run(main):
         sys.exit(130)
 
 
+# Checks: functions (option's name, its value, configuration) -> what is wrong, or None.
+
+
+def at_least(least: float):
+    def check(name, value, config):
+        if not value >= least:
+            rule = f"be at least {least}" if least else "not be negative"
+            return f"{name}={value} must {rule}"
+    return check
+
+
+def in_range(low: float, high: float, closed: str = "low"):
+    """The interval [low, high), or with closed="high" (low, high]."""
+    def check(name, value, config):
+        inside = low <= value < high if closed == "low" else low < value <= high
+        if not inside:
+            interval = f"[{low}, {high})" if closed == "low" else f"({low}, {high}]"
+            return f"{name}={value} must be in {interval}"
+    return check
+
+
+def divides(other: str):
+    def check(name, value, config):
+        whole = getattr(config, other)
+        if whole % value:
+            return f"{name}={value} does not divide {other}={whole}: choose a divisor of {whole}"
+    return check
+
+
+def one_of(names: Collection[str]):
+    """One of `names`, looked up when the check runs: a registry can grow meanwhile."""
+    def check(name, value, config):
+        if value not in names:
+            return f"{name}={value}: {suggest(value, names)}choose {' or '.join(names)}"
+    check.names = names
+    return check
+
+
+seed = in_range(0, 2**32)  # what torch and numpy both take
+
+
+@dataclasses.dataclass
+class Options:
+    """Base of all configurations: looks at every field when one is made. Raises ValueError."""
+
+    def __post_init__(self):
+        for option in options(type(self)).values():
+            value = getattr(self, option.name)
+            if not fits(value, option.type):
+                raise ValueError(f"{option.name}={value!r} is not of type {type_name(option.type)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{option.name}={value} must be a finite number")
+            for check in option.checks:
+                if wrong := check(option.name, value, self):
+                    raise ValueError(wrong)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    name: str
+    type: Any
+    default: Any
+    help: str
+    mark: str  # one of the four above, or ""
+    checks: tuple[Callable, ...]
+
+    @property
+    def choices(self) -> str:
+        """The values it takes, where it does not take all of a type."""
+        if names := self.names():
+            return " or ".join(names)
+        return type_name(self.type) if get_origin(self.type) is not None else ""
+
+    def names(self) -> Collection[str]:
+        return next((check.names for check in self.checks if hasattr(check, "names")), ())
+
+    def convert(self, name: str, text: str) -> Any:
+        """The value that `text` stands for. Raises UserError, in which it is called `name`."""
+        if names := self.names():
+            return pick(name, text, names)
+        return convert(name, text, self.type)
+
+
+@functools.cache
+def options(cls: type) -> dict[str, Option]:
+    """The fields of a configuration as Options, in the order of their declaration."""
+    hints = {}
+    for base in reversed(cls.__mro__):
+        for name, hint in get_type_hints(base, include_extras=True).items():
+            if get_origin(hint) is Annotated:
+                hints[name] = hint
+    result = {}
+    for field in dataclasses.fields(cls):
+        kind, help, *rest = get_args(hints[field.name])
+        marks = [part for part in rest if isinstance(part, str)]
+        checks = tuple(part for part in rest if callable(part))
+        mark = marks[0] if marks else ""
+        result[field.name] = Option(field.name, kind, field.default, help, mark, checks)
+    return result
+
+
+def marked(cls: type, mark: str) -> list[str]:
+    """The names of the options that carry a mark."""
+    return [option.name for option in options(cls).values() if option.mark == mark]
+
+
 def parse(cls: type, argv: list[str], doc: str) -> tuple[Any, dict[str, Any]]:
-    """-> (an instance of the dataclass `cls`, {option: value} of those typed on the command line); see `read`."""
+    """-> (an instance of `cls`, {option: value} of those typed on the command line)."""
     preset, typed = read(cls, argv, doc)
     return build(cls, preset | typed), typed
 
 
 def read(cls: type, argv: list[str], doc: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """-> ({option: value} of the presets, the same of the options typed on the command line), for the dataclass `cls`.
+    """-> ({option: value} of the presets, the same of the options that were typed).
 
-    An argument without dashes is a preset, a TOML file.
-    --help prints `doc` and all options and exits. Raises UserError for an unknown option or a bad value.
+    An argument without dashes is a preset, a TOML file. --help prints `doc` and all options and
+    exits. Raises UserError for an unknown option or a bad value.
     """
-    fields = options(cls)
+    known = options(cls)
     preset, typed = {}, {}
     words = list(argv)
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
-            print_help(doc, fields)
+            print_help(doc, known)
             sys.exit(0)
-        if not word.startswith("--"):
-            if word.endswith(".toml"):
-                preset |= read_toml(Path(word), fields)
-            else:
-                raise UserError(f"unexpected argument {word!r}: give a preset (config/NAME.toml) and --key=value options, a task's name first; "
-                                "see --help")
+        if word.endswith(".toml") and not word.startswith("--"):
+            preset |= read_toml(Path(word), known)
             continue
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}: give a preset (config/NAME.toml) and "
+                            "--key=value options, a task's name first; see --help")
         key, equals, text = word[2:].partition("=")
-        field = find(key, fields)
+        option = find(key, known)
         if not equals:
-            follows = bool(words) and not words[0].startswith("--")
-            if field.type is bool and not (follows and words[0].lower() in BOOLEANS):
-                text = "True"
-            elif follows:
-                text = words.pop(0)
-            else:
-                raise UserError(f"--{key} needs a value of type {type_name(field.type)}, as in --{key}={field.default!r}")
-        typed[key] = convert(f"--{key}", text, field.type)
+            text = value_of_next_word(option, words)
+        typed[key] = option.convert(f"--{key}", text)
     return preset, typed
 
 
-def preset_of_task(argv: list[str], tasks: tuple[str, ...], prefix: str) -> list[str]:
-    """A task's name in first place stands for its preset config/<prefix>_<task>.toml: the small one, where there is one.
+def value_of_next_word(option: Option, words: list[str]) -> str:
+    """The value in `--key value`; for a switch alone, True. Takes the word out of `words`."""
+    follows = bool(words) and not words[0].startswith("--")
+    if option.type is bool and not (follows and words[0].lower() in BOOLEANS):
+        return "True"
+    if not follows:
+        raise UserError(f"--{option.name} needs a value of type {type_name(option.type)}, "
+                        f"as in --{option.name}={option.default!r}")
+    return words.pop(0)
 
-    Raises UserError for an unknown name.
+
+def preset_of_task(argv: list[str], tasks: tuple[str, ...], prefix: str) -> list[str]:
+    """A task's name in first place stands for its preset, the small one where there is one.
+
+    The presets are config/<prefix>_<task>.toml. Raises UserError for an unknown name.
     """
     if not argv or argv[0].startswith("-") or argv[0].endswith(".toml"):
         return argv
-    if argv[0] not in tasks:
-        near = difflib.get_close_matches(argv[0], tasks, n=1)
-        raise UserError(f"unknown task {argv[0]!r}: " + (f"did you mean {near[0]}? " if near else "") + f"choose {', '.join(tasks)}")
-    presets = Path(__file__).resolve().parents[1] / "config"
-    small = presets / f"{prefix}_{argv[0]}_small.toml"
-    return [str(small if small.exists() else presets / f"{prefix}_{argv[0]}.toml"), *argv[1:]]
+    task, *rest = argv
+    if task not in tasks:
+        raise UserError(f"unknown task {task!r}: {suggest(task, tasks)}choose {', '.join(tasks)}")
+    folder = Path(__file__).resolve().parents[1] / "config"
+    small = folder / f"{prefix}_{task}_small.toml"
+    preset = small if small.exists() else folder / f"{prefix}_{task}.toml"
+    return [str(preset), *rest]
 
 
-def resume(cls: type, saved: dict[str, Any], typed: dict[str, Any], preset: dict[str, Any] | None = None,
-           evaluate: bool = False) -> Any:
-    """The configuration of a resumed run: the saved one; only options in `typed` override it.
+def resume(cls: type, saved: dict[str, Any], typed: dict[str, Any],
+           preset: dict[str, Any] | None = None, evaluate: bool = False) -> Any:
+    """The configuration of a resumed run: the saved one, in which only `typed` options change.
 
-    evaluate: it will not be trained on. Raises UserError where a fixed option, typed or of a preset, is not the run's.
+    evaluate: it will not be trained on. Raises UserError where a fixed option, typed or of a
+    preset, is not the run's.
     """
-    fields = options(cls)
-    if unknown := sorted(set(saved) - set(fields)):
-        raise UserError(f"the checkpoint has options that this script does not know ({', '.join(unknown)}): another script or version wrote it")
+    known = options(cls)
+    if unknown := sorted(set(saved) - set(known)):
+        raise UserError("the checkpoint has options that this script does not know "
+                        f"({', '.join(unknown)}): another script or version wrote it")
+    fixed = {FIXED, DATA} if evaluate else {FIXED, DATA, FIXED_IN_TRAINING}
     for key, value in ((preset or {}) | typed).items():
-        fixed = fields[key].mark == "fixed" or fields[key].mark == "fixed in training" and not evaluate
-        if fixed and saved.get(key, fields[key].default) != value:
-            has = f"cannot change on resume: the run has {key}={saved.get(key, fields[key].default)}"
-            raise UserError(f"--{key}={value} {has}" if key in typed else
-                            f"{key}={value}, which the preset sets, {has}. Leave out the preset, or the name of the task that stands for it")
+        before = saved.get(key, known[key].default)
+        if known[key].mark in fixed and before != value:
+            has = f"cannot change on resume: the run has {key}={before}"
+            if key in typed:
+                raise UserError(f"--{key}={value} {has}")
+            raise UserError(f"{key}={value}, which the preset sets, {has}. Leave out the preset, "
+                            "or the name of the task that stands for it")
     return build(cls, saved | typed)
 
 
@@ -122,46 +256,51 @@ def build(cls: type, values: dict[str, Any]) -> Any:
 
 def save(config: Any, path: Path):
     """Write the options as TOML that can be given back as a preset."""
-    lines = [f"{key} = {toml_value(value)}" for key, value in dataclasses.asdict(config).items()]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    values = dataclasses.asdict(config).items()
+    lines = [f"{key} = {toml_value(value)}\n" for key, value in values]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
-@dataclasses.dataclass
-class Option:
-    name: str
-    type: Any
-    default: Any
-    help: str
-    mark: str  # "", "fixed" or "fixed in training"
+def suggest(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}? " if near else ""
 
 
-def options(cls: type) -> dict[str, Option]:
-    """The dataclass's fields as Options, in the order of declaration."""
-    hints = get_type_hints(cls, include_extras=True)
-    result = {}
-    for field in dataclasses.fields(cls):
-        assert get_origin(hints[field.name]) is Annotated, f"{cls.__name__}.{field.name} needs Annotated[type, help]"
-        kind, help, *marks = get_args(hints[field.name])
-        result[field.name] = Option(field.name, kind, field.default, help, *(marks or [""]))
-    return result
+def find(key: str, known: dict[str, Option]) -> Option:
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        hint = f": did you mean --{near[0]}?" if near else ": see --help"
+        raise UserError(f"unknown option --{key}{hint}")
+    return known[key]
 
 
-def find(key: str, fields: dict[str, Option]) -> Option:
-    if key not in fields:
-        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-        raise UserError(f"unknown option --{key}" + (f": did you mean --{near[0]}?" if near else ": see --help"))
-    return fields[key]
-
-
-BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+BOOLEANS = {"true": True, "1": True, "yes": True, "on": True,
+            "false": False, "0": False, "no": False, "off": False}
 
 
 def type_name(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(get_args(kind))
     if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(type_name(k) for k in get_args(kind))
+        return " or ".join(map(type_name, get_args(kind)))
     return kind.__name__
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an option's type; a whole number is a float too."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(fits(value, member) for member in get_args(kind))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def pick(name: str, text: str, names: Collection[str]) -> str:
+    if text in names:
+        return text
+    raise UserError(f"{name}={text}: {suggest(text, names)}choose {' or '.join(names)}")
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
@@ -173,10 +312,7 @@ def convert(name: str, text: str, kind: Any) -> Any:
             except UserError:
                 continue
     elif get_origin(kind) is Literal:
-        if text in get_args(kind):
-            return text
-        near = difflib.get_close_matches(text, get_args(kind), n=1)
-        raise UserError(f"{name}={text}: " + (f"did you mean {near[0]}? " if near else "") + f"choose {type_name(kind)}")
+        return pick(name, text, get_args(kind))
     elif kind is bool:
         if text.lower() in BOOLEANS:
             return BOOLEANS[text.lower()]
@@ -188,34 +324,46 @@ def convert(name: str, text: str, kind: Any) -> Any:
     raise UserError(f"{name}={text!r} is not of type {type_name(kind)}")
 
 
-def read_toml(path: Path, fields: dict[str, Option]) -> dict[str, Any]:
-    """A flat TOML file's values, checked against the options. Raises UserError."""
+def read_toml(path: Path, known: dict[str, Option]) -> dict[str, Any]:
+    """The values in a flat TOML file, checked against the options. Raises UserError."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in Path("config").glob("*.toml")], n=1)
-        raise UserError(f"no preset {path}" + (f": did you mean config/{near[0]}?" if near else "")) from None
+        there = [p.name for p in Path("config").glob("*.toml")]
+        near = difflib.get_close_matches(path.name, there, n=1)
+        hint = f": did you mean config/{near[0]}?" if near else ""
+        raise UserError(f"no preset {path}{hint}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise UserError(f"cannot read the preset {path}: {e}") from None
     for key, value in values.items():
-        kind = find(key, fields).type
-        text = value if isinstance(value, str) else str(value)
-        values[key] = convert(f"{path}: {key}", text, kind)
+        values[key] = find(key, known).convert(f"{path}: {key}", str(value))
     return values
 
 
 def toml_value(value: bool | int | float | str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'
-    return repr(value)
+    if not isinstance(value, str):
+        return repr(value)
+    text = value.replace("\\", "\\\\").replace('"', '\\"')
+    plain = [c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in text]
+    return f'"{"".join(plain)}"'
 
 
-def print_help(doc: str, fields: dict[str, Option]):
-    print(doc.strip() + "\n\nOptions (--key=value, --key value, or --key alone to switch a True/False one on):")
-    for o in fields.values():
-        head = f"--{o.name}={o.default}"
-        choices = f" [{type_name(o.type)}]" if get_origin(o.type) is not None else ""
-        print(f"  {head:<36} {o.help}{choices}")
+def print_help(doc: str, known: dict[str, Option]):
+    """The options in two columns, as wide as the terminal."""
+    left = 36
+    width = max(shutil.get_terminal_size((100, 24)).columns, left + 40)
+    print(doc.strip())
+    print("\nOptions (--key=value, --key value, or --key alone to switch a True/False one on):")
+    for option in known.values():
+        default = str(option.default).replace("\n", "\\n")
+        head = f"  --{option.name}={default}"
+        choices = f" [{option.choices}]" if option.choices else ""
+        lines = textwrap.wrap(option.help + choices, width - left - 1)
+        if len(head) >= left:
+            print(head)
+            head = ""
+        for line in lines:
+            print(f"{head:<{left}} {line}")
+            head = ""

@@ -10,14 +10,17 @@ Radford et al. 2019. Weights are read from safetensors alone: a pickle can run c
 linear layers as Conv1D, y = x W + b with W of shape (in, out), the transpose of nn.Linear's. Needs requirements-extra.txt.
 """
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from engine import options
 from engine.options import UserError
 from model import GPT, ModelConfig
 
 HUB = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+VOCABULARY = 50257  # GPT-2's tokens
 SHAPES = {"n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "vocab_size": "vocab_size"}
 MODULES = {"ln_1": "ln_1", "attn.c_attn": "attn.qkv", "attn.c_proj": "attn.proj",
            "ln_2": "ln_2", "mlp.c_fc": "mlp.fc", "mlp.c_proj": "mlp.proj"}
@@ -53,6 +56,31 @@ def read(source: str, block_size: int | None = None) -> tuple[dict, dict, dict[s
             raise UserError(f"block_size={block_size}: {source} has learned positions for 1 to {rows} tokens, choose among them")
         shapes["block_size"], state["wpe.weight"] = block_size, state["wpe.weight"][:block_size].clone()
     return shapes, precond, state
+
+
+def start(run) -> dict[str, torch.Tensor]:
+    """The weights of the GPT-2 that a run's init_from names; gives run.config its shape.
+
+    A given block_size cuts its positions. The preconditioner that an export names is kept unless
+    the options say otherwise. Raises UserError.
+    """
+    config, given = run.config, run.given
+    shapes, precond, weights = read(config.init_from, given.get("block_size"))
+    vocab_size = shapes.pop("vocab_size")
+    shapes |= {"attention": "softmax", "n_inner": 0}
+    for key, value in shapes.items():
+        same = given.get(key, value) == value
+        if key == "n_inner":
+            same = given.get(key, 0) in (0, 4 * shapes["n_embd"])
+        if not same:
+            raise UserError(f"{key}={given[key]}, but {config.init_from} has {key}={value}: leave "
+                            "the option out")
+    kept = {key: value for key, value in precond.items() if key not in given}
+    values = asdict(config) | shapes | kept
+    if config.tokenizer == "auto" and vocab_size == VOCABULARY:
+        values["tokenizer"] = "gpt2"
+    run.config = options.build(type(config), values)
+    return weights
 
 
 def check_vocabulary(source: str, weights: dict[str, torch.Tensor], meta: dict):

@@ -1,127 +1,304 @@
-"""Opening and closing a run: what every training script does before and after the loop of trainer.py.
+"""A run's folder, out_dir: opened, resumed, written to and replaced here.
 
-    config, given, saved = open_run(Config, sys.argv[1:], __doc__)     # options, and the checkpoint to go on from
-    with compute_for(config, saved) as compute:
-        ...                                                            # data, task, model
-        finish(config, Trainer(config, task, model, compute, saved).run(), compute)
+    config.toml      the options, can be given back as a preset
+    ckpt.pt          the latest state, all that a resumed run needs
+    best.pt          the best model by the task's objective
+    metrics.jsonl    what was measured, an object a line
+    test.json        Long Range Arena's test accuracy
+
+A script's main goes through it like this:
+
+    run = open_run(Config, sys.argv[1:], __doc__)     # options, and the checkpoint to go on from
+    with run.compute() as compute:                    # the processes meet
+        task, model = open(run.config, compute)
+        run.finish(Trainer(run.config, task, model, compute, run.saved).run(), compute)
 """
 import contextlib
 import os
 import signal
 import sys
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 
-from engine import checkpoint
-from engine import options
-from engine.options import UserError
+from engine import checkpoint, options
 from engine.device import Compute
-from engine.trainer import TrainerConfig, check_world
+from engine.metrics import MetricsLog
+from engine.options import FIXED, FREE, Options, UserError
 
 
-def open_run(cls: type, argv: list[str], doc: str) -> tuple[Any, dict, dict | UserError | None]:
-    """-> (configuration, options that `argv` or its presets set, checkpoint to go on from or None). Raises UserError for impossible options.
+RESULT = "test.json"
 
-    Where the folder's run cannot be used, the UserError that says so stands for the checkpoint: compute_for raises it, when all processes
-    are there to hear it.
+
+@dataclass
+class RunConfig(Options):
+    """Where a run is kept, how it begins, and who else hears of it."""
+    out_dir: Annotated[str, "folder of the run: checkpoints, metrics, configuration", FREE] = "out"
+    init_from: Annotated[Literal["scratch", "resume", "auto"],
+                         "auto: resume if there is something to resume, else start"] = "scratch"
+    overwrite: Annotated[bool, "start from scratch in an out_dir that holds a run, and lose it",
+                         FREE] = False
+    eval_only: Annotated[bool, "evaluate the checkpoint and exit", FREE] = False
+    seed: Annotated[int, "seed for parameters, data order and dropout", FIXED,
+                    options.seed] = 1337
+    tensorboard: Annotated[bool, "write TensorBoard events to out_dir", FREE] = False
+    wandb_log: Annotated[bool, "log to Weights & Biases", FREE] = False
+    wandb_project: Annotated[str, "Weights & Biases project", FREE] = "precond"
+    wandb_run_name: Annotated[str, "Weights & Biases run name; empty: theirs", FREE] = ""
+
+
+@dataclass
+class Run:
+    """How a run begins, as one process sees it."""
+    config: Any  # the script's configuration
+    given: dict  # the options that the command line or a preset set
+    saved: dict | None = None  # the checkpoint to go on from
+    problem: UserError | None = None  # why the run in the folder cannot be used
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.out_dir)
+
+    @property
+    def fresh(self) -> bool:
+        return self.saved is None and self.problem is None
+
+    @contextlib.contextmanager
+    def compute(self):
+        """The hardware, with all processes at hand. A resumed run keeps its dtype unless told.
+
+        Raises UserError, on all processes, where one could not open the run or they see different
+        ones, for an impossible number of processes, and where the folder cannot be written to.
+        """
+        config = self.config
+        resumed = self.saved is not None and config.dtype == "auto"
+        dtype = self.saved["dtype"] if resumed else config.dtype
+        with Compute(config.device, dtype, config.n_embd) as compute:
+            self.agree(compute)
+            config.check_world(compute.world)
+            if not config.eval_only:
+                compute.on_main(lambda: check_writable(self.folder))
+            yield compute
+
+    def agree(self, compute: Compute):
+        """Raises UserError on all processes unless all found the same run and can use it."""
+        mine = "no run"
+        if self.problem:
+            mine = str(self.problem)
+        elif self.saved:
+            mine = f"step {self.saved['step']}"
+        found = compute.gather(mine)
+        for rank, what in enumerate(found):
+            if what != found[0]:
+                raise UserError(f"out_dir={self.folder} must be one folder that all nodes see: "
+                                f"rank 0 finds there: {found[0]}; rank {rank}: {what}")
+        if self.problem:
+            raise self.problem
+
+    def evaluate(self, task, model: torch.nn.Module, compute: Compute):
+        """Print the evaluation of the checkpoint's model, or of `model` as it is."""
+        step = 0
+        if self.saved:
+            checkpoint.restore_model(model, task, self.saved, self.folder)
+            step = self.saved["step"]
+        model = compute.wrap(model.to(compute.device).eval())
+        values = task.evaluate(model, compute)
+        if compute.main:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            print(f"step {step}: {shown}")
+
+    def finish(self, number: int | None, compute: Compute):
+        """Say what happened where signal `number` stopped the run; exit with the shell's code."""
+        if number:
+            if compute.main:
+                print(f"stopped by {signal.Signals(number).name}; saved "
+                      f"{self.folder / 'ckpt.pt'}. Go on with --init_from=resume")
+            sys.exit(128 + number)
+
+
+def open_run(cls: type, argv: list[str], doc: str) -> Run:
+    """The run that a command line asks for. Raises UserError for impossible options.
+
+    A run in the folder that cannot be used is no error yet, but a `problem`: under torchrun all
+    processes must have met before one of them may give up.
     """
     preset, typed = options.read(cls, argv, doc)
     config = options.build(cls, preset | typed)
     try:
-        return find_run(config, preset, typed)
+        if not goes_on(config, typed):
+            return Run(config, preset | typed)
+        return resume(config, preset, typed)
     except UserError as e:
-        return config, preset | typed, e
+        return Run(config, preset | typed, problem=e)
 
 
-def find_run(config: TrainerConfig, preset: dict, typed: dict) -> tuple[Any, dict, dict | None]:
-    """`open_run` of parsed options. Raises UserError.
+def goes_on(config, typed: dict) -> bool:
+    """Whether the run in the folder is continued or evaluated. Raises UserError: it is in the way.
 
-    Resuming starts from the checkpoint's configuration, and only typed options override it; a preset of another run is an error.
-    eval_only reads the best checkpoint.
+    An evaluation reads the folder's run. It takes the weights that `init_from` names where that
+    was typed; a preset's `init_from` only says what the run once started from.
+    """
+    exists = (Path(config.out_dir) / "ckpt.pt").exists()
+    own = config.init_from in ("scratch", "resume", "auto")
+    if config.eval_only:
+        return own or (exists and "init_from" not in typed)
+    if config.init_from == "resume" or (config.init_from == "auto" and exists):
+        return True
+    if exists and not config.overwrite:
+        raise UserError(f"{config.out_dir} holds a run: continue it with --init_from=resume, "
+                        "choose another folder with --out_dir=NAME, or replace it with --overwrite")
+    return False
+
+
+def resume(config, preset: dict, typed: dict) -> Run:
+    """The folder's run, with the checkpoint's configuration, in which only typed options change.
+
+    Raises UserError where the checkpoint is not enough, or a preset is another run's.
     """
     folder = Path(config.out_dir)
-    exists = (folder / "ckpt.pt").exists()
-    goes_on = config.init_from == "resume" or config.init_from == "auto" and exists
-    if config.eval_only:  # of other weights only where they are asked for, not where a preset says what the run started from
-        goes_on = config.init_from in ("scratch", "resume", "auto") or exists and "init_from" not in typed
-    if not goes_on:
-        if exists and not config.overwrite and not config.eval_only:
-            raise UserError(f"{folder} holds a run: continue it with --init_from=resume, choose another folder with --out_dir=NAME, "
-                            "or replace it with --overwrite")
-        return config, preset | typed, None
     saved = checkpoint.read(checkpoint.choose(folder, best=config.eval_only))
-    needed = {"config", "model", "step", "task"} | (set() if config.eval_only else {"optimizer", "ranks"})
+    needed = {"config", "model", "step", "task"}
+    if not config.eval_only:
+        needed |= {"optimizer", "ranks"}
     if missing := sorted(needed - set(saved)):
-        raise UserError(f"the checkpoint in {folder} cannot be used: it lacks {', '.join(missing)} (best.pt holds the model alone)")
-    kept = {key: value for key, value in typed.items() if key not in ("init_from", "overwrite")}
-    typed = kept | {"out_dir": config.out_dir, "eval_only": config.eval_only}
+        raise UserError(f"the checkpoint in {folder} cannot be used: it lacks "
+                        f"{', '.join(missing)} (best.pt holds the model alone)")
     before = saved["config"]
+    typed = {key: value for key, value in typed.items() if key not in ("init_from", "overwrite")}
+    typed |= {"out_dir": config.out_dir, "eval_only": config.eval_only}
     evaluated = before["batch_size"] * before["eval_iters"]
     if "batch_size" in typed and "eval_iters" not in typed:
         typed["eval_iters"] = max(1, evaluated // typed["batch_size"])
     config = options.resume(type(config), before, typed, preset, evaluate=config.eval_only)
-    for name, old in (("gradient_accumulation_steps", before["batch_size"] * before["gradient_accumulation_steps"]), ("eval_iters", evaluated)):
-        if (new := config.batch_size * getattr(config, name)) != old and not config.eval_only:
-            raise UserError(f"batch_size x {name} = {new} cannot change on resume: the run has {old}")
-    announce(config, saved, typed)
-    return config, typed, saved
-
-
-def announce(config: TrainerConfig, saved: dict, typed: dict):
-    """Say where a run goes on, and which of its options were changed."""
-    changed = [f"{key} {saved['config'][key]} -> {value}" for key, value in typed.items()
-               if key not in ("out_dir", "eval_only") and saved["config"].get(key, value) != value]
+    # Either factor may change, to fit another machine. The product decides the trajectory, or the
+    # samples of the evaluation.
+    for name in ("gradient_accumulation_steps", "eval_iters"):
+        old = before["batch_size"] * before[name]
+        new = config.batch_size * getattr(config, name)
+        if new != old and not config.eval_only:
+            raise UserError(f"batch_size x {name} = {new} cannot change on resume: "
+                            f"the run has {old}")
     if os.environ.get("RANK", "0") == "0":
-        print(f"{config.out_dir}: step {saved['step']} of {config.max_iters}" + (", changed: " + ", ".join(changed) if changed else ""))
-        if saved["step"] >= config.max_iters and not config.eval_only:
-            print("nothing left to train: raise --max_iters to go on")
+        announce(config, saved, typed)
+    return Run(config, typed, saved)
 
 
-@contextlib.contextmanager
-def compute_for(config, saved: dict | UserError | None):
-    """The hardware of a run; a resumed one keeps its dtype unless another was typed. Raises UserError, on all processes, where one of them
-    could not open the run or they see different ones, and for an impossible number of processes."""
-    dtype = saved["dtype"] if isinstance(saved, dict) and config.dtype == "auto" else config.dtype
-    with Compute(config.device, dtype, config.n_embd) as compute:
-        agree(config, saved, compute)
-        check_world(config, compute)
-        if not config.eval_only:
-            compute.together(lambda: check_writable(Path(config.out_dir)), alone=compute.main)
-        yield compute
+def announce(config, saved: dict, typed: dict):
+    """Say where a run goes on, and which of its options were changed."""
+    before = saved["config"]
+    changed = [f"{key} {before[key]} -> {value}" for key, value in typed.items()
+               if key not in ("out_dir", "eval_only") and before.get(key, value) != value]
+    said = f", changed: {', '.join(changed)}" if changed else ""
+    print(f"{config.out_dir}: step {saved['step']} of {config.max_iters}{said}")
+    if saved["step"] >= config.max_iters and not config.eval_only:
+        print("nothing left to train: raise --max_iters to go on")
 
 
 def check_writable(folder: Path):
-    """Raises UserError where `folder` could not be made or written to: before data is prepared, which can take hours."""
+    """Raises UserError where `folder` cannot be made or written to.
+
+    Before data is prepared, which can take hours.
+    """
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write to {folder}: {parent} is " + ("not writable" if parent.is_dir() else "a file"))
+    if not parent.is_dir():
+        raise UserError(f"cannot write to {folder}: {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {folder}: {parent} is not writable")
 
 
-def agree(config, saved: dict | UserError | None, compute: Compute):
-    """Raises UserError on all processes where they did not find the same run, or none could use what is there."""
-    found = compute.gather(f"step {saved['step']}" if isinstance(saved, dict) else str(saved or "no run"))
-    for rank, what in enumerate(found):
-        if what != found[0]:
-            raise UserError(f"out_dir={config.out_dir} must be one folder that all nodes see: "
-                            f"rank 0 finds there: {found[0]}; rank {rank}: {what}")
-    if isinstance(saved, UserError):
-        raise saved
+def open_folder(config, step: int) -> MetricsLog:
+    """Make the folder ready for training from `step` on; -1 for a new run, which replaces another.
+
+    Raises UserError.
+    """
+    folder = Path(config.out_dir)
+    wandb = None
+    if config.wandb_log:
+        wandb = {"project": config.wandb_project, "name": config.wandb_run_name or None,
+                 "config": asdict(config)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if step < config.max_iters:
+            # With overwrite, giving config.toml back as a preset would lose the run.
+            options.save(replace(config, overwrite=False), folder / "config.toml")
+        log = MetricsLog(folder, step, config.max_iters, config.tensorboard, wandb)
+        stale = [RESULT] if step >= 0 else [RESULT, "ckpt.pt", "best.pt"]
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
+        return log
+    except OSError as e:
+        raise UserError(f"cannot write to {folder}: {e.strerror}") from None
 
 
-def evaluate_only(config: TrainerConfig, task, model: torch.nn.Module, compute: Compute, saved: dict | None):
-    """Print the evaluation of a checkpoint's model, or of `model` as it is."""
-    if saved:
-        checkpoint.restore_model(model, task, saved, Path(config.out_dir))
-    result = task.evaluate(compute.wrap(model.to(compute.device).eval()), compute)
-    if compute.main:
-        print(f"step {saved['step'] if saved else 0}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()))
+def save_state(trainer):
+    """ckpt.pt: the trainer's state, from which it goes on bit for bit."""
+    mine = {"random": trainer.compute.random_state(), **trainer.meter.state()}
+    write(trainer, "ckpt.pt", {"optimizer": trainer.optimizer.state_dict()["state"],
+                               "scaler": trainer.scaler.state_dict(),
+                               "ranks": trainer.compute.gather(mine),  # of each process
+                               "train_seconds": trainer.meter.train_seconds,
+                               "tokens": trainer.meter.tokens,
+                               "evaluated": trainer.evaluated})
 
 
-def finish(config: TrainerConfig, signal_number: int | None, compute: Compute):
-    """Say what happened when a run was stopped, and exit with the shell's code for it."""
-    if signal_number:
-        if compute.main:
-            print(f"stopped by {signal.Signals(signal_number).name}; saved {Path(config.out_dir) / 'ckpt.pt'}. Go on with --init_from=resume")
-        sys.exit(128 + signal_number)
+def save_best(trainer):
+    """best.pt: the model alone."""
+    write(trainer, "best.pt", {})
+
+
+def write(trainer, name: str, state: dict):
+    """A checkpoint file: the model, `state`, and what identifies the run."""
+    state |= {"model": trainer.raw.state_dict(),
+              # With overwrite, resuming would lose the run.
+              "config": asdict(trainer.config) | {"overwrite": False},
+              "task": trainer.task.state(), "step": trainer.step, "best": trainer.best,
+              "dtype": trainer.compute.dtype}
+    trainer.compute.on_main(lambda: checkpoint.save(trainer.folder / name, state))
+
+
+def restore_state(trainer, saved: dict):
+    """What `save_state` has written."""
+    compute, meter = trainer.compute, trainer.meter
+    checkpoint.restore_model(trainer.raw, trainer.task, saved, trainer.folder)
+    groups = trainer.optimizer.state_dict()["param_groups"]  # rates and decay: from the options
+    trainer.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+    if saved["scaler"]:  # empty where the run was not in float16
+        trainer.scaler.load_state_dict(saved["scaler"])
+    trainer.step = saved["step"]
+    trainer.evaluated = saved["evaluated"]
+    trainer.best = saved["best"]
+    meter.train_seconds = saved["train_seconds"]
+    meter.tokens = saved["tokens"]
+    ranks = saved["ranks"]
+    meter.restore(ranks)
+    if len(ranks) == compute.world:
+        compute.set_random_state(ranks[compute.rank]["random"])
+    else:  # another number of processes: new dropout
+        torch.manual_seed(trainer.config.seed * 1_000_003 + compute.rank + trainer.step)
+
+
+class StopSignal:
+    """A context in which Ctrl-C and SIGTERM only set `number`, for the loop to finish its step.
+
+    A second Ctrl-C aborts a run of one process.
+    """
+
+    def __init__(self, alone: bool):
+        self.alone = alone
+        self.number = 0
+
+    def __enter__(self):
+        numbers = signal.SIGINT, signal.SIGTERM
+        self.before = {number: signal.signal(number, self.receive) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame):
+        if self.number and self.alone:
+            raise KeyboardInterrupt
+        self.number = number

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
+import train
 import train_lra
+import train_vision
+from engine import options
 from engine.options import UserError
 
-BOOKKEEPING = {"seed", "out_dir", "overwrite", "eval_only", "show", "tensorboard", "wandb_log", "wandb_project", "wandb_run_name"}
-DATA = ("dataset", "tokenizer", "task", "source", "n_train", "n_val", "n_test", *sorted(set(sum(train_lra.GENERATED.values(), ()))))
+SCRIPTS = (train, train_lra, train_vision)
+ALL = options.options(train.Config) | options.options(train_lra.Config) | options.options(train_vision.Config)
+BOOKKEEPING = {"seed"} | {name for name, option in ALL.items() if option.mark == options.FREE}
+DATA = [name for name, option in ALL.items() if option.mark == options.DATA]
 METRICS = {  # name: scale, what it is, unit, where the better difference lies; the first that a run has is drawn
     "val_accuracy": (100, "accuracy", "%", "above"), "val_ap": (1, "average precision", "%", "above"),
     "val_loss": (1, "loss", "nats per token", "below")}

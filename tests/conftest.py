@@ -105,7 +105,7 @@ def messages(folder: Path, patch: str, *options, processes: int = 2) -> list[str
         import os, pathlib, sys
         sys.path.insert(0, {str(ROOT)!r})
         import train
-        from engine import options, trainer
+        from engine import options, run, trainer
         rank = os.environ["RANK"]
     """) + textwrap.dedent(patch) + textwrap.dedent(f"""
         error = ""

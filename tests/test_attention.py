@@ -148,9 +148,9 @@ def test_float32_inside_whatever_the_autocast(name, options):
     q, k, v = (x.detach().bfloat16() for x in draw(2, 3, 16, 4))
     mask = mask_of([16, 9])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = attention.MECHANISMS[name](q, k, v, mask, **options)
+        out = attention.MECHANISMS[name].function(q, k, v, mask, **options)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, attention.MECHANISMS[name](q.float(), k.float(), v.float(), mask, **options).bfloat16())
+    assert torch.equal(out, attention.MECHANISMS[name].function(q.float(), k.float(), v.float(), mask, **options).bfloat16())
 
 
 def test_nystrom_takes_the_start_of_each_matrix():

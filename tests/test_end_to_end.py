@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine import checkpoint
-from engine import run as session
+from engine import meter, run
 import train
 from engine import trainer
 from engine.options import UserError
@@ -70,9 +70,10 @@ def test_every_rank_finds_the_same_run(found, words):
         def gather(self, value):
             assert value == found[-1]
             return found
-    saved = {"no run": None, "lost": UserError("lost"), "step 2": {"step": 2}, "step 4": {"step": 4}}[found[-1]]
+    saved = {"step 2": {"step": 2}, "step 4": {"step": 4}}.get(found[-1])
+    problem = UserError("lost") if found[-1] == "lost" else None
     with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
-        session.agree(train.Config(), saved, Compute())
+        run.Run(train.Config(), {}, saved, problem).agree(Compute())
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -189,7 +190,7 @@ def test_evaluation_is_not_training_time(corpus, tmp_path, call, monkeypatch):
     def slow(*args):
         now[0] += 1000
         return evaluate(*args)
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 0.001) or now[0])
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 0.001) or now[0])
     monkeypatch.setattr(train.LanguageModelling, "evaluate", slow)
     assert call(train, *SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=8", "--eval_interval=2", "--log_interval=3")[0] == 0
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -233,11 +234,11 @@ def test_full_disk_keeps_the_checkpoint(corpus, tmp_path, call, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, a file on a disk that is always full")
 def test_full_disk_for_metrics_is_the_same_error_on_every_rank(corpus, tmp_path):
     found = messages(tmp_path, """
-        class Full(trainer.Metrics):
+        class Full(run.MetricsLog):
             def __init__(self, *args):
                 super().__init__(*args)
                 self.file = open("/dev/full", "a")
-        trainer.Metrics = Full
+        run.MetricsLog = Full
     """, *SMALL, *corpus, "--max_iters=2", f"--out_dir={tmp_path}")
     assert found == [f"cannot write {tmp_path / 'metrics.jsonl'}: No space left on device. Make room and use --init_from=resume"] * 2
 

@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import fast
+from engine import device
+from engine import loss as head
+from engine import packed as packing
 import sample
 from conftest import SMALL, read_metrics, shell, torchrun
 from model import GPT, ModelConfig
@@ -33,7 +35,7 @@ def reference(x, weight, targets):
 def ours(x, weight, targets, rows, dtype=torch.float32):
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        loss = fast.head_loss(x, weight, targets, rows)
+        loss = head.head_loss(x, weight, targets, rows)
     loss.backward()
     assert x.grad.dtype == weight.grad.dtype == torch.float32
     return loss.detach(), x.grad, weight.grad
@@ -42,7 +44,7 @@ def ours(x, weight, targets, rows, dtype=torch.float32):
 @pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 36, 37, 1000])
 def test_head_loss_and_its_gradients_are_the_formula(rows, ignored, monkeypatch):
-    monkeypatch.setattr(fast, "SLICE", 5)
+    monkeypatch.setattr(head, "SLICE", 5)
     case = example(ignored=ignored)
     for got, wanted in zip(ours(*case, rows), reference(*case)):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-6)
@@ -64,18 +66,18 @@ def test_head_loss_in_bfloat16():
 def test_head_loss_keeps_the_shape_scales_the_gradient_and_works_without_gradients():
     x, weight, targets = example(n=36)
     x = x.view(4, 9, 12).requires_grad_()
-    loss = fast.head_loss(x, weight, targets.view(4, 9), rows=10)
+    loss = head.head_loss(x, weight, targets.view(4, 9), rows=10)
     (3 * loss).backward()
     expected = 3 * reference(x.detach().view(36, 12), weight, targets)[1]
     torch.testing.assert_close(x.grad.view(36, 12).double(), expected, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        assert torch.equal(fast.head_loss(x, weight, targets.view(4, 9), rows=10), loss)
-    assert fast.head_loss(x, weight, torch.full((4, 9), -1)).isnan()
+        assert torch.equal(head.head_loss(x, weight, targets.view(4, 9), rows=10), loss)
+    assert head.head_loss(x, weight, torch.full((4, 9), -1)).isnan()
 
 
 def test_head_loss_cannot_be_differentiated_twice():
     x, weight, targets = example()
-    loss = fast.head_loss(x.requires_grad_(), weight.requires_grad_(), targets)
+    loss = head.head_loss(x.requires_grad_(), weight.requires_grad_(), targets)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -105,7 +107,7 @@ def test_a_model_learns_the_same_from_both_losses():
 
 
 def test_the_loss_is_chosen_by_the_vocabulary():
-    small, large = (GPT(ModelConfig(n_layer=1, n_embd=4), vocab_size) for vocab_size in (fast.LARGE_VOCABULARY - 1, fast.LARGE_VOCABULARY))
+    small, large = (GPT(ModelConfig(n_layer=1, n_embd=4), vocab_size) for vocab_size in (head.LARGE_VOCABULARY - 1, head.LARGE_VOCABULARY))
     assert (small.loss, large.loss) == ("plain", "chunked")
     assert GPT(ModelConfig(n_layer=1, n_embd=4, loss="chunked"), 65).loss == "chunked"
     idx = torch.zeros(1, 2, dtype=torch.long)
@@ -206,7 +208,7 @@ def test_packed_weights_write_the_same_text(options):
     model = random_model(**options)
     for p in model.parameters():
         p.data = p.half().float()
-    packed = fast.pack(copy.deepcopy(model), torch.float32)
+    packed = packing.pack(copy.deepcopy(model), torch.float32)
     assert not any(isinstance(m, torch.nn.Linear) for m in packed.modules())
     tokens, padding = stack(PROMPTS)
     texts = [torch.stack(list(generate(m, tokens, 40, padding=padding, temperature=0)), dim=1) for m in (model, packed)]
@@ -218,7 +220,7 @@ def test_packed_weights_are_closer_to_float32_than_bfloat16():
     model = random_model(precond=True)
     x = torch.randint(13, (1, 20))
     wide, narrow = (m(x)[0].float().softmax(-1) for m in (model, copy.deepcopy(model).to(torch.bfloat16)))
-    packed = fast.for_sampling(model, torch.device("cpu"), torch.bfloat16)
+    packed = packing.for_sampling(model, torch.device("cpu"), torch.bfloat16)
     few, many = (packed(x[:, :n])[0].softmax(-1) for n in (8, 20))
     assert few.dtype == torch.float32
     rounding = (wide - narrow).abs().mean()
@@ -228,6 +230,6 @@ def test_packed_weights_are_closer_to_float32_than_bfloat16():
 def test_models_that_are_not_packed(monkeypatch):
     """In float32 the weights stay; where PyTorch has no kernel for packed ones, as on ARM, they are cast."""
     cpu = torch.device("cpu")
-    assert type(fast.for_sampling(random_model(), cpu, torch.float32).blocks[0].attn.qkv) is torch.nn.Linear
+    assert type(packing.for_sampling(random_model(), cpu, torch.float32).blocks[0].attn.qkv) is torch.nn.Linear
     monkeypatch.setattr(torch.backends.quantized, "engine", "qnnpack")
-    assert fast.for_sampling(random_model(), cpu, torch.bfloat16).blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+    assert packing.for_sampling(random_model(), cpu, torch.bfloat16).blocks[0].attn.qkv.weight.dtype == torch.bfloat16

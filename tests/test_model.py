@@ -5,7 +5,8 @@ import pytest
 import torch
 from test_attention import reference_attention, reference_nystrom
 
-from model import GPT, Attention, Classifier, KVCache, ModelConfig
+from model import GPT, Attention, Classifier, ModelConfig
+from engine.kv_cache import KVCache
 from precond import record
 
 

@@ -5,21 +5,17 @@ from typing import Annotated, Literal
 import pytest
 
 from engine import options
-from engine.options import UserError
+from engine.options import FIXED, Options, UserError, at_least
 
 
 @dataclass
-class Example:
-    width: Annotated[int, "how wide", "fixed"] = 8
+class Example(Options):
+    width: Annotated[int, "how wide", FIXED, at_least(1)] = 8
     rate: Annotated[float, "how fast"] = 0.1
     power: Annotated[float | Literal["learned"], "how strong"] = 1.0
     name: Annotated[str, "how called"] = "x"
     on: Annotated[bool, "whether"] = False
     kind: Annotated[Literal["cosine", "linear"], "which"] = "cosine"
-
-    def __post_init__(self):
-        if self.width < 1:
-            raise ValueError(f"width={self.width} must be at least 1")
 
 
 def parse(*argv):

@@ -7,7 +7,8 @@ import torch
 
 from engine import pretrained
 from engine.options import UserError
-from model import GPT, KVCache, ModelConfig
+from model import GPT, ModelConfig
+from engine.kv_cache import KVCache
 
 EXTRA = "pip install -r requirements-extra.txt"
 transformers = pytest.importorskip("transformers", reason=EXTRA)

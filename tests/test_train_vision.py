@@ -235,7 +235,7 @@ def test_presets_are_complete():
     (["detect", "--precond_eps=-1"], "precond_eps=-1.0 must not be negative"),
     (["detect", "--precond=True", "--precond_power=inf"], "precond_power=inf must be a finite number"),
     (["detect", "--precond=True", "--precond_power=learned"], "--precond_power='learned' is not of type float"),
-    (["classify", "--show=-1"], "show=-1 not negative"),
+    (["classify", "--show=-1"], "show=-1 must not be negative"),
     (["classify", "--precond_powr=1"], "did you mean --precond_power?"),
 ])
 def test_mistakes(arguments, words, tmp_path, call):

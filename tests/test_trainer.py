@@ -6,10 +6,11 @@ import torch
 
 from engine import device
 from engine.options import UserError
-from engine.metrics import Metrics, layer_kappa
+from engine.metrics import MetricsLog
 from model import GPT, ModelConfig
-from precond import condition_number, precondition
-from engine.trainer import TrainerConfig, learning_rate, make_optimizer
+from precond import condition_number, kappa_by_layer, precondition
+from engine.optim import learning_rate, make_optimizer
+from engine.trainer import TrainerConfig
 
 
 def nanogpt_lr(it, rate, warmup, decay, low):
@@ -83,7 +84,7 @@ def test_tensorboard_goes_on_where_the_checkpoint_is(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     def write(start, *steps):
-        metrics = Metrics(tmp_path, start, 9, tensorboard=True, wandb=None)
+        metrics = MetricsLog(tmp_path, start, 9, tensorboard=True, wandb=None)
         for step in steps:
             metrics.write({"step": step, "train_loss": 1.0})
         metrics.close()
@@ -102,18 +103,18 @@ def test_kappa_is_the_median_over_heads_and_samples_of_real_rows():
     def forward():
         precondition(a)
         return mask
-    got = layer_kappa(forward)
+    got = kappa_by_layer(forward)
     for name, x in (("before", a), ("after", precondition(a))):
         each = torch.cat([condition_number(x[0]), condition_number(x[1, :, :12])])
         assert got[f"kappa_{name}"] == [each.median().item()] and got[f"kappa_{name}_infinite"] == [2]
     # a run without C: power 0 records A twice, and the C that it could have is applied
     def plain():
         precondition(a, power=0)
-    assert layer_kappa(plain, power=1.0)["kappa_after"] == [condition_number(precondition(a)).median().item()]
+    assert kappa_by_layer(plain, {"power": 1.0})["kappa_after"] == [condition_number(precondition(a)).median().item()]
 
 
 def test_kappa_with_an_infinite_median_is_none():
     def forward():
         precondition(torch.zeros(1, 2, 8, 4))
-    got = layer_kappa(forward)
+    got = kappa_by_layer(forward)
     assert got["kappa_before"] == [None] and got["kappa_before_infinite"] != [None]

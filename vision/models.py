@@ -14,44 +14,43 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import precond
-from engine.options import UserError
 from data import coco
-from model import PrecondConfig
+from engine.options import (FIXED, FIXED_IN_TRAINING, DATA, UserError, at_least, divides,
+                            in_range)
+from engine.precond_config import PrecondConfig
 
 TASKS = ("classify", "detect", "segment")
 
 
+def at_most_n_layer(name, value, config):
+    if config.task == "segment" and value > config.n_layer:
+        return f"{name}={value} must not exceed n_layer={config.n_layer}"
+
+
 @dataclass
 class VisionConfig(PrecondConfig):
-    """What fixes a model but its classes. "fixed": cannot change when a run is resumed."""
-    task: Annotated[Literal[TASKS], "classify: ViT; detect: YOLOS, boxes; segment: EoMT, instance masks", "fixed"] = "detect"
-    image_size: Annotated[int, "side of an image in pixels; others are resized to it", "fixed"] = 64
-    patch_size: Annotated[int, "side of a patch, which is one token", "fixed"] = 8
-    n_layer: Annotated[int, "number of blocks", "fixed"] = 4
-    n_head: Annotated[int, "attention heads per block", "fixed"] = 4
-    n_embd: Annotated[int, "width of the model", "fixed"] = 64
-    dropout: Annotated[float, "dropout probability"] = 0.0
-    queries: Annotated[int, "detect, segment: most objects found in an image", "fixed"] = 8
-    query_blocks: Annotated[int, "segment: the last blocks, which have the queries", "fixed"] = 1
-    upscale_blocks: Annotated[int, "segment: each doubles the masks' resolution, from one value a patch", "fixed"] = 1
-    mask_points: Annotated[int, "segment: points of each mask that the loss looks at"] = 256
-    precond_power: Annotated[float, "1: the paper's; 0: plain attention; 0.5: half-way", "fixed in training"] = 1.0
-
-    def __post_init__(self):
-        PrecondConfig.__post_init__(self)
-        for name in ("image_size", "patch_size", "n_layer", "n_head", "n_embd", "queries", "query_blocks", "mask_points"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}: choose a divisor of {self.n_embd}")
-        if self.image_size % self.patch_size:
-            raise ValueError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
-        if self.task == "segment" and self.query_blocks > self.n_layer:
-            raise ValueError(f"query_blocks={self.query_blocks} must not exceed n_layer={self.n_layer}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
-        if self.upscale_blocks < 0:
-            raise ValueError(f"upscale_blocks={self.upscale_blocks} must not be negative")
+    """What fixes a model but its classes."""
+    task: Annotated[Literal[TASKS], "classify: ViT; detect: YOLOS, boxes; segment: EoMT, instance "
+                                    "masks", DATA] = "detect"
+    image_size: Annotated[int, "side of an image in pixels; others are resized to it", FIXED,
+                          at_least(1)] = 64
+    patch_size: Annotated[int, "side of a patch, which is one token", FIXED, at_least(1),
+                          divides("image_size")] = 8
+    n_layer: Annotated[int, "number of blocks", FIXED, at_least(1)] = 4
+    n_head: Annotated[int, "attention heads per block", FIXED, at_least(1),
+                      divides("n_embd")] = 4
+    n_embd: Annotated[int, "width of the model", FIXED, at_least(1)] = 64
+    dropout: Annotated[float, "dropout probability", in_range(0, 1)] = 0.0
+    queries: Annotated[int, "detect, segment: most objects found in an image", FIXED,
+                       at_least(1)] = 8
+    query_blocks: Annotated[int, "segment: the last blocks, which have the queries", FIXED,
+                            at_least(1), at_most_n_layer] = 1
+    upscale_blocks: Annotated[int, "segment: each doubles the masks' resolution, from one value a "
+                                   "patch", FIXED, at_least(0)] = 1
+    mask_points: Annotated[int, "segment: points of each mask that the loss looks at",
+                           at_least(1)] = 256
+    precond_power: Annotated[float, "1: the paper's; 0: plain attention; 0.5: half-way",
+                             FIXED_IN_TRAINING] = 1.0
 
 
 def make_network(config: VisionConfig, n_classes: int) -> nn.Module:
