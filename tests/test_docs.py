@@ -1,0 +1,50 @@
+"""The commands in the documents name scripts, presets and options that exist."""
+import importlib
+import shlex
+
+import pytest
+
+from conftest import ROOT
+from engine import options
+
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+OF_COMPARE = {"vary", "arm"}  # options that compare.py reads by itself
+
+
+def commands(text: str) -> list[str]:
+    """The lines of a document's shell examples, continued ones joined."""
+    blocks = text.split("```sh\n")[1:]
+    shell = "\n".join(block.split("```")[0] for block in blocks)
+    return shell.replace("\\\n", " ").splitlines()
+
+
+def known_options(script: str, words: list[str]) -> set[str]:
+    """The options of train.py, ...; compare.py passes on those of the script that it compares."""
+    config = importlib.import_module(script.removesuffix(".py")).Config
+    known = set(options.options(config)) | {"help"}
+    if script == "compare.py":
+        known |= OF_COMPARE | known_options(words[0], [])
+    return known
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_name_scripts_presets_and_options_that_exist(path):
+    for command in commands(path.read_text(encoding="utf-8")):
+        words = shlex.split(command, comments=True)
+        scripts = [word for word in words if word.endswith(".py")]
+        if not scripts or not {"python", "torchrun"} & set(words):
+            continue
+        script, *words = words[words.index(scripts[0]):]
+        assert (ROOT / script).exists(), command
+        if script.startswith("data/") or script == "precond.py":
+            continue
+        known = known_options(script, words)
+        for word in words:
+            if word.startswith("config/"):
+                assert (ROOT / word).exists(), command
+            if word.startswith("--"):
+                assert word[2:].partition("=")[0] in known, command
+
+
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
