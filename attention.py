@@ -35,11 +35,10 @@ def nystrom(q, k, v, mask=None, *, landmarks: int, is_causal: bool = False, drop
     """softmax(Q Kl^T) pinv(softmax(Ql Kl^T)) softmax(Ql K^T) V.
 
     Ql and Kl are means over `landmarks` segments of the real tokens, as even as whole tokens
-    allow. A sample of at most `landmarks` real tokens gets exact softmax attention. Computed in
-    float32 whatever the autocast, without dropout. Raises ValueError for is_causal: a landmark
-    mixes the future into the past.
+    allow. A sample of at most `landmarks` real tokens gets exact softmax attention. In float32
+    whatever the autocast, without dropout. ValueError for is_causal.
     """
-    if is_causal:
+    if is_causal:  # a landmark mixes the future into the past
         raise ValueError("nystrom attention is not causal: its landmarks average over future "
                          "tokens. Use softmax or linear")
     dtype = q.dtype
@@ -94,10 +93,7 @@ def pseudo_inverse(a: torch.Tensor) -> torch.Tensor:
 
 def linear(q, k, v, mask=None, *, is_causal: bool = False, dropout_p: float = 0.0,
            eps: float = 1e-6):
-    """O(T) for an encoder; the causal form is written with the (T, T) matrix.
-
-    Computed in float32 whatever the autocast, without dropout.
-    """
+    """O(T) for an encoder, O(T^2) if causal. In float32 whatever the autocast, without dropout."""
     dtype = q.dtype
     with torch.autocast(q.device.type, enabled=False):
         q = F.elu(q.float()) + 1

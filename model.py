@@ -19,14 +19,17 @@ from torch.utils.checkpoint import checkpoint
 from attention import MECHANISMS
 from engine.kv_cache import KVCache
 from engine.loss import IGNORED, LARGE_VOCABULARY, head_loss
-from engine.options import FIXED, FIXED_IN_TRAINING, at_least, divides, in_range, one_of
+from engine.options import (
+    FIXED,
+    FIXED_IN_TRAINING,
+    at_least,
+    divides,
+    in_range,
+    odd_or_zero,
+    one_of,
+)
 from engine.precond_config import PrecondConfig
 from precond import LEARNED_FROM, precondition
-
-
-def odd_or_zero(name, value, config):
-    if value < 0 or (value and value % 2 == 0):
-        return f"{name}={value} must be odd, or 0 for no convolution skip"
 
 
 @dataclass
@@ -64,7 +67,6 @@ class Attention(nn.Module):
         self.causal = causal
         self.n_head = config.n_head
         self.dropout = config.dropout
-
         mechanism = MECHANISMS[config.attention]
         options = {name: getattr(config, name) for name in mechanism.options}
         self.mechanism = partial(mechanism.function, **options)
@@ -74,14 +76,12 @@ class Attention(nn.Module):
             # Over time, a filter for each head.
             self.skip = nn.Conv2d(self.n_head, self.n_head, (size, 1), padding=(size // 2, 0),
                                   groups=self.n_head, bias=False)
-
         # Power 0 is plain attention, so that with and without C are one code path.
         self.grad = config.precond_grad
         self.eps = config.precond_eps
         self.power = config.precond_power if config.precond else 0.0
         if self.power == "learned":
             self.power = nn.Parameter(torch.full((self.n_head,), LEARNED_FROM))
-
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -89,11 +89,9 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_dim)
-        if cache is None:
-            q, k, v = qkv
-        else:
-            q = qkv[0]
-            k, v = cache.append(self.layer, qkv[1:])
+        q, k, v = qkv
+        if cache is not None:
+            k, v = cache.append(self.layer, qkv[1:])  # of all tokens so far
 
         # A single new token may see all that is in the cache: no causal mask.
         a = self.mechanism(q, k, v, mask, is_causal=self.causal and T > 1,
@@ -106,7 +104,6 @@ class Attention(nn.Module):
 
         # C scales a token's row by that row alone: causal masks and caches are untouched.
         a = precondition(a, grad=self.grad, eps=self.eps, power=self.power)
-
         if self.skip is not None and not self.skip_first:
             a = a + skip
         a = a.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
@@ -147,32 +144,25 @@ class Transformer(nn.Module):
         self.config = config
         self.wte = nn.Embedding(vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        layers = range(config.n_layer)
-        self.blocks = nn.ModuleList(Block(config, layer, causal) for layer in layers)
+        self.blocks = nn.ModuleList(Block(config, i, causal) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
     def init_weights(self, std: float | None = None):
-        """Weights N(0, std^2), biases 0, projections into the residual stream smaller.
-
-        Without `std`, embeddings are N(0, 1) and linear layers N(0, 1 / inputs), at which a narrow
-        model starts to learn sooner.
-        """
+        """Weights N(0, std^2); without std, embeddings N(0, 1) and linear N(0, 1 / inputs)."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=std or 1.0)
             if isinstance(module, nn.Linear):
-                # GPT-2: 2 n_layer of these add up in the residual stream.
+                # As GPT-2: 2 n_layer of these projections add up in the residual stream.
                 shrink = math.sqrt(2 * self.config.n_layer) if name.endswith("proj") else 1.0
+                # Without std outputs are as large as inputs: a narrow model learns sooner so.
                 own = std or module.in_features**-0.5
                 nn.init.normal_(module.weight, std=own / shrink)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
     def encode(self, idx, mask=None, cache: KVCache | None = None):
-        """Tokens (B, T) -> (B, T, C), before the final norm.
-
-        Raises ValueError for more tokens than block_size.
-        """
+        """Tokens (B, T) -> (B, T, C), before the final norm."""
         T = idx.size(1)
         start = cache.length if cache is not None else 0
         if start + T > self.config.block_size:
@@ -185,7 +175,7 @@ class Transformer(nn.Module):
             slot = torch.arange(start + T, device=idx.device)
             mask = slot >= cache.padding[:, None]  # (B, start + T)
             position = self.wpe((slot[start:] - cache.padding[:, None]).clamp(min=0))  # (B, T, C)
-        x = self.wte(idx) + position
+        x = self.wte(idx) + position  # (B, T, C)
         x = F.dropout(x, self.config.dropout, self.training)
         again = self.config.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
@@ -203,14 +193,12 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self) -> float:
-        """FLOPs of one training step.
-
-        6 for each weight of a matrix product: 2 forward, 4 backward. 12 C a layer for each column
-        of the attention matrix, of which there are T for softmax.
-        """
+        """FLOPs of one training step, without what is not a matrix product."""
         c = self.config
-        columns = MECHANISMS[c.attention].columns(c)
+        columns = MECHANISMS[c.attention].columns(c)  # of the attention matrix: T for softmax
         weights = self.n_parameters() - self.wpe.weight.numel()
+        # A multiplication and an addition for each weight, three times: forward, and backward
+        # for the inputs and for the weights. Q K^T and P V likewise.
         return 6 * weights + 12 * c.n_layer * c.n_embd * columns
 
 
@@ -234,9 +222,9 @@ class GPT(Transformer):
     def forward(self, idx, targets=None, cache: KVCache | None = None):
         """Tokens (B, T) -> logits (B, T, vocab_size) and, with targets (B, T), the loss.
 
-        The loss is the mean cross entropy in nats; a target of -1 does not count. With targets and
-        the chunked loss there are no logits: None. With a cache, idx follows the tokens in it
-        (several at once only into an empty one) and the logits are the last token's, (B, 1, V).
+        The loss is the mean cross entropy in nats; a target of -1 does not count. The chunked loss
+        leaves no logits: None. With a cache, idx follows the tokens in it (several at once only
+        into an empty one), and the logits are the last token's, (B, 1, V).
         """
         if cache is not None and cache.length and idx.size(1) > 1:
             raise ValueError(f"{idx.size(1)} tokens at once after {cache.length} cached ones: "
@@ -244,10 +232,11 @@ class GPT(Transformer):
         x = self.encode(idx, cache=cache)
         if cache is not None:
             cache.length += idx.size(1)
-            x = x[:, -1:]
+            x = x[:, -1:]  # sampling needs the last token's alone
         x = self.ln_f(x)
         if targets is not None and self.loss == "chunked":
             return None, head_loss(x, self.wte.weight, targets)
+        # The head is the embedding itself: GPT-2 ties them.
         logits = F.linear(x, self.wte.weight) if self.head is None else self.head(x)
         if targets is None:
             return logits, None
@@ -257,18 +246,15 @@ class GPT(Transformer):
     @property
     def loss(self) -> str:
         """"plain" or "chunked": what config.loss says, or what is faster or smaller."""
-        if self.config.loss != "auto":
-            return self.config.loss
-        weight = self.wte.weight
-        large = weight.size(0) >= LARGE_VOCABULARY
-        return "chunked" if large and weight.device.type == "cpu" else "plain"
+        large = self.wte.num_embeddings >= LARGE_VOCABULARY
+        best = "chunked" if large and self.wte.weight.device.type == "cpu" else "plain"
+        return best if self.config.loss == "auto" else self.config.loss
 
 
 class Classifier(Transformer):
-    """An encoder for sequences of class 0 ... n_classes - 1.
+    """An encoder for sequences of class 0 ... n_classes - 1: a mean over real tokens, two layers.
 
-    A mean over the real tokens, then a two-layer head. towers=2 classifies pairs: both are encoded
-    with the same weights, as a and b, and the head sees [a, b, a * b, a - b].
+    towers=2 classifies pairs: both are encoded with the same weights, as a and b.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, n_classes: int, towers: int = 1):
@@ -279,13 +265,10 @@ class Classifier(Transformer):
         self.init_weights()
 
     def forward(self, x, mask, y=None):
-        """Tokens and mask (B, T), or (B, 2, T) for pairs -> logits (B, n_classes), loss.
-
-        The loss is the mean cross entropy with labels y (B), None without them.
-        """
+        """Tokens and mask (B, T), or (B, 2, T) for pairs; labels y (B) -> logits and mean loss."""
         T = x.size(-1)
         h = self.encode(x.reshape(-1, T), mask.reshape(-1, T))
-        h = self.ln_f(h)  # (B or 2 B, T, C)
+        h = self.ln_f(h)  # (B or 2 B, T, C): the towers of a pair are samples here
         weight = mask.reshape(-1, T, 1)
         h = (h * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)  # (B or 2 B, C)
         if x.dim() == 3:

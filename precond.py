@@ -11,8 +11,7 @@ Attention: Enhancing Efficiency in Transformers", AISTATS 2026, arXiv 2603.27153
 
     python precond.py    # kappa before and after, for softmax attention of several sharpnesses
 
-This file needs nothing but PyTorch: take it along. For models that are not this project's see
-`precondition_sdpa`, `register_transformers` and `check`.
+This file needs nothing but PyTorch: take it along.
 """
 import math
 import warnings
@@ -29,12 +28,9 @@ def precondition(a: torch.Tensor, *, grad: bool = False, eps: float = 1e-8,
                  power: float | torch.Tensor = 1.0) -> torch.Tensor:
     """C A for head outputs `a` (..., T, D); same shape and dtype, norms in fp32 (fp64 for fp64).
 
-    grad=False, the paper's recipe, detaches the norms: C is a constant in the backward pass.
-    power=0 returns `a` itself. A tensor of powers (n_head,), for `a` of shape
-    (B, n_head, T, D), gets its gradient either way.
-
-    A zero row stays zero and gets a zero gradient. Values that start at exactly 0, as in DETR's
-    first decoder self-attention, therefore stay there.
+    grad=False, the paper's recipe, makes C a constant in the backward pass. power=0 returns `a`
+    itself. Powers (n_head,) for `a` of shape (B, n_head, T, D) get their gradient either way. A
+    zero row stays zero and gets a zero gradient, for the whole training if it starts as one.
     """
     out = _scale_rows(a, grad, eps, power)
     _note(a, out)
@@ -48,7 +44,7 @@ def _scale_rows(a: torch.Tensor, grad: bool, eps: float,
         return a
     # Half precision would lose small norms and overflow on large ones.
     dtype = torch.promote_types(a.dtype, torch.float32)
-    rows = a if grad else a.detach()
+    rows = a if grad else a.detach()  # all of the difference between the paper's C and RMSNorm
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=dtype)  # (..., T, 1)
     zero = norm == 0
     if learned:
@@ -96,16 +92,15 @@ def condition_number(a: torch.Tensor) -> torch.Tensor:
 def kappa_by_layer(forward, would_be: dict | None = None) -> dict[str, list]:
     """Condition numbers of the head outputs in one forward pass, as lists over layers.
 
-    forward() runs the model. It returns None, or a (B, T) bool mask of the real tokens: the only
-    rows that count. kappa_before is the median of kappa(A) over samples and heads, kappa_after
-    that of kappa(C A). None stands for an infinite median; kappa_*_infinite counts the infinite
-    ones. For a model that runs without C give `would_be`, keyword arguments of `precondition`:
-    kappa_after is then that of the C which the model could have.
+    forward() runs the model and returns a (B, T) bool mask of the real tokens, the only rows that
+    count, or None. kappa_before and kappa_after are medians of kappa(A) and kappa(C A) over samples
+    and heads, None where that is infinite; kappa_*_infinite counts the infinite ones. would_be, for
+    a model without C: arguments of `precondition` for the C that kappa_after is to have.
     """
     with torch.no_grad(), record() as calls:
         mask = forward()
-    result = {f"kappa_{name}": [] for name in
-              ("before", "after", "before_infinite", "after_infinite")}
+    names = ("before", "after", "before_infinite", "after_infinite")
+    result = {f"kappa_{name}": [] for name in names}
     for a, ca in calls:
         if would_be is not None:
             ca = precondition(a, **would_be)
@@ -113,17 +108,17 @@ def kappa_by_layer(forward, would_be: dict | None = None) -> dict[str, list]:
             if mask is None:
                 kappa = condition_number(x).flatten()
             else:
-                samples = [sample[:, real] for sample, real in zip(x, mask)]  # (n_head, t, D)
+                # Samples differ in their number of real tokens: (n_head, t, D) each.
+                samples = [sample[:, real] for sample, real in zip(x, mask)]
                 kappa = torch.cat([condition_number(sample) for sample in samples])
+            # A mean would be infinite as soon as one head is: count those, and take the median.
             median = kappa.median().item()
             result[name].append(median if math.isfinite(median) else None)
             result[f"{name}_infinite"].append(int(kappa.isinf().sum()))
     return result
 
 
-# For models that are not this project's.
-
-
+# From here on: drop-ins for models that are not this project's.
 def preconditioned_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
                              enable_gqa=False, *, grad: bool = False, eps: float = 1e-8,
                              power: float = 1.0) -> torch.Tensor:
@@ -139,10 +134,9 @@ _sdpa = F.scaled_dot_product_attention
 def precondition_sdpa(*, grad: bool = False, eps: float = 1e-8, power: float = 1.0):
     """Precondition every call of F.scaled_dot_product_attention made inside.
 
-    The innermost of several counts. PyTorch's fused inference path of nn.MultiheadAttention and
-    nn.TransformerEncoderLayer goes round that function, so it is off inside. Not reached: code
-    that imported the function by name before, nn.MultiheadAttention with need_weights=True (its
-    default), TorchScript, attention written out by hand. `check` tells.
+    The innermost of several counts. Not reached: code that imported the function by name before,
+    nn.MultiheadAttention with need_weights=True (its default), TorchScript, attention written out
+    by hand. `check` tells.
     """
     def replacement(*args, **kwargs):
         return preconditioned_attention(*args, grad=grad, eps=eps, power=power, **kwargs)
@@ -151,6 +145,7 @@ def precondition_sdpa(*, grad: bool = False, eps: float = 1e-8, power: float = 1
     before = F.scaled_dot_product_attention
     fused = torch.backends.mha.get_fastpath_enabled()
     F.scaled_dot_product_attention = replacement
+    # nn.TransformerEncoderLayer's fused inference path goes round that function.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
@@ -163,11 +158,10 @@ def register_transformers(name: str = "preconditioned", *, grad: bool = False, e
                           power: float = 1.0):
     """Add an attention implementation to Hugging Face transformers.
 
-    Then Model._from_config(config, attn_implementation=name). It is transformers' own SDPA
-    attention, with its masks, followed by C. Models that do not use transformers' attention
-    interface take any name and ignore it: run `check` once. Attention that SDPA does not compute
-    (sinks, sparse indices) raises ValueError. Registering a name again changes the options of
-    every model that has it. Raises ImportError without transformers.
+    Then Model._from_config(config, attn_implementation=name): transformers' own SDPA attention,
+    with its masks, followed by C. Some models take any name and ignore it: run `check` once.
+    Attention that SDPA does not compute (sinks, sparse indices) raises ValueError. Registering a
+    name again changes every model that has it. Raises ImportError without transformers.
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -175,14 +169,13 @@ def register_transformers(name: str = "preconditioned", *, grad: bool = False, e
         from transformers.masking_utils import sdpa_mask
     except ImportError:
         raise ImportError("register_transformers needs transformers: "
-                          "pip install -r requirements-extra.txt") from None
+                          "pip install 'transformers>=5'") from None
 
     def attention(module, query, key, value, attention_mask, **kwargs):
         for extra in ("s_aux", "indices"):  # sdpa_attention_forward would drop them unsaid
             if kwargs.get(extra) is not None:
                 raise ValueError(f"{type(module).__name__} passes {extra} to its attention, which "
-                                 f"SDPA does not compute: attn_implementation={name!r} cannot "
-                                 "serve this model")
+                                 f"SDPA does not compute: {name!r} cannot serve this model")
         a, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         if getattr(F.scaled_dot_product_attention, "preconditions", False):
             return a, weights  # precondition_sdpa has done it
@@ -199,28 +192,23 @@ def register_transformers(name: str = "preconditioned", *, grad: bool = False, e
 def check(model: torch.nn.Module, *args, **inputs) -> int:
     """Run model(*args, **inputs); how many attention calls were preconditioned.
 
-    RuntimeError where none was. The pass runs in the present mode of model and caller (train or
-    eval, gradients or none, inside precondition_sdpa or not) and says nothing about another.
-    power=0 does not count. A module named like attention in which no call was preconditioned,
-    beside others in which one was, is a warning with its name.
+    RuntimeError where none was; power=0 does not count. It says nothing about another mode than
+    the present one (train or eval, gradients, inside precondition_sdpa). A module named like
+    attention in which no call was preconditioned, beside others in which one was, is a warning.
     """
-    silent = {}
+    reached = {}  # by module: whether a call inside it was preconditioned
+    entered = []  # counts at the modules that are running
     hooks = []
 
     def count():
         return sum(before is not after for before, after in calls)  # power=0: one tensor twice
 
     def watch(name, module):
-        counts = []
-
-        def enter(*_):
-            counts.append(count())
-
         def leave(*_):
-            unreached = counts.pop() == count()
-            silent[name] = silent.get(name, True) and unreached
+            inside = count() > entered.pop()
+            reached[name] = reached.get(name, False) or inside
 
-        hooks.append(module.register_forward_pre_hook(enter))
+        hooks.append(module.register_forward_pre_hook(lambda *_: entered.append(count())))
         hooks.append(module.register_forward_hook(leave))
 
     with record() as calls:
@@ -236,12 +224,12 @@ def check(model: torch.nn.Module, *args, **inputs) -> int:
     kind = type(model).__name__
     if not n:
         raise RuntimeError(
-            f"no attention call of {kind} was preconditioned: give it "
-            "attn_implementation='preconditioned' or run it inside precondition_sdpa(), with a "
-            "power other than 0. transformers' eager attention and nn.MultiheadAttention with "
-            "need_weights=True, its default, go round scaled_dot_product_attention; a model that "
-            "writes its attention out by hand needs precond.precondition in its own code")
-    missed = [name for name, unreached in silent.items() if unreached]
+            f"no attention call of {kind} was preconditioned: give it attn_implementation="
+            "'preconditioned' or run it inside precondition_sdpa(), with a power other than 0. "
+            "transformers' eager attention and nn.MultiheadAttention with need_weights=True, its "
+            "default, go round scaled_dot_product_attention; a model that writes its attention "
+            "out by hand needs precond.precondition in its own code")
+    missed = [name for name, inside in reached.items() if not inside]
     if missed:
         warnings.warn(f"{n} attention calls of {kind} were preconditioned, but none in "
                       f"{', '.join(missed)}", stacklevel=2)
@@ -249,8 +237,7 @@ def check(model: torch.nn.Module, *args, **inputs) -> int:
 
 
 def _demonstrate(T: int = 197, D: int = 64, heads: int = 16):
-    print(f"median condition number of softmax attention's output, {heads} heads of {T} x {D}, "
-          "Gaussian Q, K, V")
+    print(f"median kappa of softmax attention's output, {heads} heads of {T} x {D}, Gaussian input")
     print(f"{'logit scale':>12} {'A':>10} {'C A':>10}")
     generator = torch.Generator().manual_seed(0)
     for sharpness in (0.1, 1.0, 3.0, 10.0, 30.0):
@@ -262,10 +249,8 @@ def _demonstrate(T: int = 197, D: int = 64, heads: int = 16):
     e = torch.eye(2)
     a = torch.cat([e, 1e-3 * e[:1].expand(195, 2)])
     print(f"{'by hand':>12} {condition_number(a):10.2f} {condition_number(precondition(a)):10.2f}")
-    print("""\
-Scaling rows evens out their lengths. That lowers kappa when the lengths were the trouble. Where
-short rows all point the same way (the last line: e1, e2 and 195 copies of e1/1000) it magnifies
-that one direction, and kappa rises.""")
+    print("Even rows lower kappa where uneven ones were the trouble. Where short rows point the\n"
+          "same way (last line: e1, e2, 195 copies of e1/1000) they gain weight, and kappa rises.")
 
 
 if __name__ == "__main__":

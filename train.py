@@ -61,7 +61,7 @@ class LanguageModelling(Task):
                                            config.eval_iters * config.batch_size)
 
     def batch(self, first, count):
-        x, y = self.blocks.batch(first, count)  # (count, block_size), y one token further
+        x, y = self.blocks.batch(first, count)  # (count, block_size) each, y one token further
         return torch.from_numpy(x), torch.from_numpy(y)
 
     def loss(self, model, x, y):
@@ -80,13 +80,14 @@ class LanguageModelling(Task):
                 _, loss = model(x, y)
             total += loss.item() * len(x)
         loss = compute.reduce([total])[0] / len(self.val_starts)
+        # Bits per byte of text compare between tokenizers, whose tokens differ in length.
         bits = loss / math.log(2)
         return {"val_loss": loss, "val_bpb": bits * len(self.val) / self.val.bytes}
 
     def probe(self, model, compute: Compute):
         window = self.val.gather(self.val_starts[:4], self.block_size)
         x, = compute.move(torch.from_numpy(window))
-        model(x)
+        model(x)  # no mask to return: all tokens are real
 
     def state(self) -> dict:
         splits = self.meta["splits"].items()
@@ -103,14 +104,6 @@ def open(config: Config, compute: Compute) -> tuple[LanguageModelling, GPT]:
     return task, GPT(config, task.meta["vocab_size"])
 
 
-def describe(config: Config, task: LanguageModelling, model: GPT, compute: Compute):
-    print(f"data: {task.folder}, {len(task.train):,} training and {len(task.val):,} validation "
-          f"tokens, vocabulary {task.meta['vocab_size']:,}\n"
-          f"model: {model.n_parameters():,} parameters, block_size={config.block_size}, "
-          f"{config.describe_precond()}\n"
-          f"compute: {compute.describe()}", flush=True)
-
-
 def main():
     run = open_run(Config, sys.argv[1:], __doc__)
     weights = None
@@ -124,11 +117,16 @@ def main():
             # A learned power is not among the weights: it keeps its first value.
             load_weights(model, model.state_dict() | weights, config.init_from)
         if compute.main:
-            describe(config, task, model, compute)
+            print(f"data: {task.folder}, {len(task.train):,} training and {len(task.val):,} "
+                  f"validation tokens, vocabulary {task.meta['vocab_size']:,}\n"
+                  f"model: {model.n_parameters():,} parameters, block_size={config.block_size}, "
+                  f"{config.describe_precond()}\n"
+                  f"compute: {compute.describe()}", flush=True)
         if config.eval_only:
             run.evaluate(task, model, compute)
             return
-        run.finish(Trainer(config, task, model, compute, run.saved).run(), compute)
+        trainer = Trainer(config, task, model, compute, run.saved)
+        run.finish(trainer.run(), compute)
         if compute.main:
             print(f"""\
 next: python sample.py --out_dir={config.out_dir}        # text from the best checkpoint

@@ -1,11 +1,11 @@
 """Long Range Arena: classify long sequences, with or without preconditioned attention.
 
-    python train_lra.py                       # ListOps up to 128 symbols: minutes on two CPU cores
-    python train_lra.py listops --precond=True --out_dir=out-lra-on     # the same, preconditioned
-    python train_lra.py pathfinder --attention=nystrom         # a task's laptop preset, if it has one
-    python train_lra.py config/lra_listops.toml --attention=nystrom     # the real task
-    python train_lra.py config/lra_image.toml --source=cifar-10-python.tar.gz     # downloaded data
-    python train_lra.py listops --eval_only --show=5           # the best checkpoint's predictions
+    python train_lra.py                    # ListOps up to 128 symbols: minutes on two CPU cores
+    python train_lra.py listops --precond=True --out_dir=out-lra-on  # the same, preconditioned
+    python train_lra.py pathfinder --attention=nystrom               # a task's laptop preset
+    python train_lra.py config/lra_listops.toml --attention=nystrom  # the real task
+    python train_lra.py config/lra_image.toml --source=cifar-10-python.tar.gz    # downloaded data
+    python train_lra.py listops --eval_only --show=5                 # look at predictions
 
 Tasks: listops, text, retrieval, image, pathfinder, pathx (Tay et al. 2020, arXiv 2011.04006). The
 metric is accuracy. The best checkpoint is chosen on the validation split; the test split is read

@@ -4,6 +4,8 @@ import time
 import torch
 
 from engine.device import Compute
+from engine.precond_config import PrecondConfig
+from precond import kappa_by_layer
 
 
 class Meter:
@@ -81,3 +83,19 @@ class Meter:
             self.sums.copy_(sum(r["sums"] for r in ranks) / len(ranks))
             tokens = sum(r["interval"]["tokens"] for r in ranks) // world
             self.interval = ranks[0]["interval"] | {"tokens": tokens}
+
+
+def measure_kappa(config: PrecondConfig, task, model: torch.nn.Module, compute: Compute) -> dict:
+    """Condition numbers of the head outputs by layer, before and after C, in float32.
+
+    Of the raw model: a compiled one has no place to record from. A run without C reports the C
+    that its options would make.
+    """
+    model.eval()
+    with compute.full_precision():
+        result = kappa_by_layer(lambda: task.probe(model, compute),
+                                None if config.precond else config.would_be)
+    model.train()
+    if config.precond and config.precond_power == "learned":
+        result["precond_power"] = model.powers()
+    return result

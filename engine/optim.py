@@ -1,7 +1,7 @@
 """Optimizers by name, and the learning rate over time.
 
 To add an optimizer, write a function (model, config) -> torch.optim.Optimizer and enter it in
-OPTIMIZERS. A parameter group may have a peak rate of its own: all follow one schedule.
+OPTIMIZERS. Its parameter groups may differ in their peak rates: all follow one schedule.
 """
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ def adamw(model: torch.nn.Module, config: "OptimConfig") -> torch.optim.Optimize
     """AdamW (Loshchilov and Hutter 2019). Weight decay acts on matrices, not on vectors."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.dim() >= 2]
-    vectors = [p for p in trained if p.dim() < 2]
+    vectors = [p for p in trained if p.dim() < 2]  # biases, gains, learned powers
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
@@ -46,20 +46,17 @@ class OptimConfig(Options):
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
-    """Linear warm-up that never is zero, then decay to min_lr at lr_decay_iters.
-
-    With "cosine" it is nanoGPT's schedule.
-    """
-    if step < config.warmup_iters:
+    """Linear warm-up, then decay to min_lr at lr_decay_iters; "cosine" is nanoGPT's schedule."""
+    if step < config.warmup_iters:  # never zero, not even at step 0
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     if config.lr_schedule == "constant":
         return config.learning_rate
     end = config.lr_decay_iters or config.max_iters
     if step >= end:
         return config.min_lr
-    progress = (step - config.warmup_iters) / (end - config.warmup_iters)
+    progress = (step - config.warmup_iters) / (end - config.warmup_iters)  # from 0 to 1
     if config.lr_schedule == "cosine":
-        left = 0.5 * (1 + math.cos(math.pi * progress))
+        left = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 to 0
     else:
         left = 1 - progress
     return config.min_lr + left * (config.learning_rate - config.min_lr)

@@ -11,6 +11,7 @@ A subclass that only wants another default writes `n_head: int = 2`.
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import os
 import shutil
@@ -85,13 +86,22 @@ def divides(other: str):
     return check
 
 
+def odd_or_zero(name, value, config):
+    if value < 0 or (value and value % 2 == 0):
+        return f"{name}={value} must be odd, or 0"
+
+
 def one_of(names: Collection[str]):
     """One of `names`, looked up when the check runs: a registry can grow meanwhile."""
     def check(name, value, config):
-        if value not in names:
-            return f"{name}={value}: {suggest(value, names)}choose {' or '.join(names)}"
+        return not_among(name, value, names)
     check.names = names
     return check
+
+
+def not_among(name: str, value: str, names: Collection[str]) -> str | None:
+    if value not in names:
+        return f"{name}={value}: {suggest(value, names)}choose {' or '.join(names)}"
 
 
 seed = in_range(0, 2**32)  # what torch and numpy both take
@@ -134,8 +144,8 @@ class Option:
 
     def convert(self, name: str, text: str) -> Any:
         """The value that `text` stands for. Raises UserError, in which it is called `name`."""
-        if names := self.names():
-            return pick(name, text, names)
+        if wrong := self.names() and not_among(name, text, self.names()):
+            raise UserError(wrong)
         return convert(name, text, self.type)
 
 
@@ -144,15 +154,13 @@ def options(cls: type) -> dict[str, Option]:
     """The fields of a configuration as Options, in the order of their declaration."""
     hints = {}
     for base in reversed(cls.__mro__):
-        for name, hint in get_type_hints(base, include_extras=True).items():
-            if get_origin(hint) is Annotated:
-                hints[name] = hint
+        own = get_type_hints(base, include_extras=True)
+        hints |= {name: hint for name, hint in own.items() if get_origin(hint) is Annotated}
     result = {}
     for field in dataclasses.fields(cls):
         kind, help, *rest = get_args(hints[field.name])
-        marks = [part for part in rest if isinstance(part, str)]
+        mark = next((part for part in rest if isinstance(part, str)), "")
         checks = tuple(part for part in rest if callable(part))
-        mark = marks[0] if marks else ""
         result[field.name] = Option(field.name, kind, field.default, help, mark, checks)
     return result
 
@@ -256,9 +264,12 @@ def build(cls: type, values: dict[str, Any]) -> Any:
 
 def save(config: Any, path: Path):
     """Write the options as TOML that can be given back as a preset."""
-    values = dataclasses.asdict(config).items()
-    lines = [f"{key} = {toml_value(value)}\n" for key, value in values]
-    path.write_text("".join(lines), encoding="utf-8")
+    lines = []
+    for key, value in dataclasses.asdict(config).items():
+        # What JSON writes is TOML too, but for one control character.
+        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        lines.append(f"{key} = {text}\n")
+    path.write_text("".join(lines), encoding="utf-8", errors="replace")
 
 
 def suggest(word: str, known: Collection[str]) -> str:
@@ -269,8 +280,8 @@ def suggest(word: str, known: Collection[str]) -> str:
 def find(key: str, known: dict[str, Option]) -> Option:
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        hint = f": did you mean --{near[0]}?" if near else ": see --help"
-        raise UserError(f"unknown option --{key}{hint}")
+        hint = f"did you mean --{near[0]}?" if near else "see --help"
+        raise UserError(f"unknown option --{key}: {hint}")
     return known[key]
 
 
@@ -297,12 +308,6 @@ def fits(value: Any, kind: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def pick(name: str, text: str, names: Collection[str]) -> str:
-    if text in names:
-        return text
-    raise UserError(f"{name}={text}: {suggest(text, names)}choose {' or '.join(names)}")
-
-
 def convert(name: str, text: str, kind: Any) -> Any:
     """The string `text` as a `kind`. Raises UserError."""
     if get_origin(kind) in (Union, types.UnionType):
@@ -312,7 +317,9 @@ def convert(name: str, text: str, kind: Any) -> Any:
             except UserError:
                 continue
     elif get_origin(kind) is Literal:
-        return pick(name, text, get_args(kind))
+        if wrong := not_among(name, text, get_args(kind)):
+            raise UserError(wrong)
+        return text
     elif kind is bool:
         if text.lower() in BOOLEANS:
             return BOOLEANS[text.lower()]
@@ -338,16 +345,6 @@ def read_toml(path: Path, known: dict[str, Option]) -> dict[str, Any]:
     for key, value in values.items():
         values[key] = find(key, known).convert(f"{path}: {key}", str(value))
     return values
-
-
-def toml_value(value: bool | int | float | str) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if not isinstance(value, str):
-        return repr(value)
-    text = value.replace("\\", "\\\\").replace('"', '\\"')
-    plain = [c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in text]
-    return f'"{"".join(plain)}"'
 
 
 def print_help(doc: str, known: dict[str, Option]):

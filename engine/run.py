@@ -28,7 +28,6 @@ from engine.device import Compute
 from engine.metrics import MetricsLog
 from engine.options import FIXED, FREE, Options, UserError
 
-
 RESULT = "test.json"
 
 
@@ -77,7 +76,7 @@ class Run:
         dtype = self.saved["dtype"] if resumed else config.dtype
         with Compute(config.device, dtype, config.n_embd) as compute:
             self.agree(compute)
-            config.check_world(compute.world)
+            check_world(config, compute.world)
             if not config.eval_only:
                 compute.on_main(lambda: check_writable(self.folder))
             yield compute
@@ -194,6 +193,14 @@ def announce(config, saved: dict, typed: dict):
     print(f"{config.out_dir}: step {saved['step']} of {config.max_iters}{said}")
     if saved["step"] >= config.max_iters and not config.eval_only:
         print("nothing left to train: raise --max_iters to go on")
+
+
+def check_world(config, world: int):
+    """Raises UserError where the sequences of a step cannot be split over the processes."""
+    if config.global_batch % world:
+        raise UserError(f"batch_size x gradient_accumulation_steps = {config.batch_size} x "
+                        f"{config.gradient_accumulation_steps} = {config.global_batch} sequences "
+                        f"cannot be split over {world} processes: change one of the three")
 
 
 def check_writable(folder: Path):

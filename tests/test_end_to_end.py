@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -324,3 +325,22 @@ def test_tiny_shakespeare_is_nanogpts(tmp_path, call):
     options = [f"--dataset={os.environ['TINYSHAKESPEARE']}", f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}"]
     code, out, _ = call(train, *options, "--max_iters=2", "--eval_iters=1", "--device=cpu")
     assert code == 0 and "1,003,854 training and 111,540 validation tokens, vocabulary 65" in out
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path, call, monkeypatch):
+    """tests/old_run holds step 8 of a run of version 0.1, and the metrics of its whole 24 steps.
+
+    The version before this house resumed it bit for bit. Another processor may round otherwise.
+    """
+    line = ("Préconditioned attention {} divides each row of {} by its length;\n"
+            "nothing else {} changes.\n")
+    text = "".join(line.format(i * i % 97, chr(97 + i % 26), i % 13) for i in range(75))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    shutil.copytree(ROOT / "tests" / "old_run", tmp_path / "old")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(train, "--init_from=resume", "--out_dir=old")
+    assert code == 0, err
+    for new, old in zip(read_metrics("old"), read_metrics(ROOT / "tests" / "old_run"), strict=True):
+        assert new.keys() == old.keys() and new["step"] == old["step"]
+        for name in {"train_loss", "val_loss", "grad_norm", "learning_rate"} & new.keys():
+            assert new[name] == pytest.approx(old[name], rel=1e-4), (new["step"], name)
