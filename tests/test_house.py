@@ -86,7 +86,7 @@ def test_the_top_level_is_what_can_be_typed_and_the_ideas():
 @pytest.mark.parametrize("path", sources(), ids=module)
 def test_a_file_has_one_subject_and_lines_that_fit(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 360
+    assert len(lines) <= 370
     assert [line for line in lines if len(line) > 100] == []
 
 
