@@ -1,16 +1,31 @@
-"""The order of training samples that fit into an epoch: a function of seed and sample number, so that a resumed run needs no state."""
+"""The order of training samples, a function of seed and sample number: no state to resume."""
+from functools import lru_cache
+
 import numpy as np
 
 
 class Shuffled:
-    """An endless sequence of epochs over n samples, each a permutation drawn from (seed, epoch)."""
+    """An endless sequence of epochs over n places that lie `stride` apart, from 0.
 
-    def __init__(self, n: int):
-        self.n, self.epochs = n, {}
+    Each epoch visits every place once, in an order drawn from (seed, epoch), and moves all of them
+    by an offset in [0, stride), drawn first. With stride 1 the places are the indices 0 ... n - 1.
+    """
+
+    def __init__(self, n: int, stride: int = 1):
+        self.n = n
+        self.stride = stride
+        self.epoch = lru_cache(maxsize=2)(self._draw)  # a batch can span two epochs
 
     def indices(self, first: int, count: int, seed: int) -> np.ndarray:
-        """Samples first ... first + count - 1 of the sequence -> (count,) int64 in [0, n). The epochs of the last call are kept."""
-        epoch, i = np.divmod(np.arange(first, first + count), self.n)
-        self.epochs = {(seed, e): self.epochs[seed, e] if (seed, e) in self.epochs else np.random.default_rng([seed, e]).permutation(self.n)
-                       for e in np.unique(epoch).tolist()}
-        return np.array([self.epochs[seed, e][j] for e, j in zip(epoch.tolist(), i)])
+        """Samples first ... first + count - 1 of the sequence -> (count,) int64."""
+        epoch, position = np.divmod(np.arange(first, first + count), self.n)
+        places = np.empty(count, np.int64)
+        for e in np.unique(epoch).tolist():
+            here = epoch == e
+            places[here] = self.epoch(seed, e)[position[here]]
+        return places
+
+    def _draw(self, seed: int, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([seed, epoch])
+        offset = rng.integers(self.stride)  # takes nothing from rng where stride is 1
+        return offset + self.stride * rng.permutation(self.n)
