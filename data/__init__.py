@@ -1,1 +1,1 @@
-"""Data: `text.py` for language models, `lra.py` for Long Range Arena."""
+"""Data: text (text.py), Long Range Arena (lra.py) and images (images.py), prepared and read."""

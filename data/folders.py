@@ -1,4 +1,4 @@
-"""Folders of prepared data that are either complete or absent, whatever is killed and however many processes want the same one."""
+"""Folders of prepared data: complete or absent, whatever is killed and however many ask for one."""
 import hashlib
 import json
 import shutil
@@ -10,15 +10,16 @@ from engine.options import DataError
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: two preparations of the same folder at the same time are not kept apart there
+except ImportError:  # Windows has no flock: there, two preparations of a folder can collide
     fcntl = None
 
 
 def ensure(folder: Path, fill: Callable[[Path], dict]):
-    """Make `folder` unless it exists: fill(work) writes its files into an empty folder and returns what goes into meta.json.
+    """Make `folder` unless it exists. Raises what `fill` raises, and OSError.
 
-    The work is done in .tmp beside `folder` and renamed when complete. A second process waits for the first; what a killed one left is
-    removed by the next. Raises what `fill` raises, and OSError.
+    fill(work) writes the files into an empty folder and returns what goes into meta.json. The work
+    is done in .tmp beside `folder` and renamed when complete. A second process waits for the first;
+    what a killed one left is removed by the next.
     """
     if folder.exists():
         return
@@ -38,11 +39,12 @@ def ensure(folder: Path, fill: Callable[[Path], dict]):
 
 
 def read_meta(folder: str | Path) -> dict:
-    """What `fill` returned when the folder was made. Raises DataError where meta.json is missing or damaged."""
+    """What `fill` returned when the folder was made. Raises DataError where it is not readable."""
     try:
         return json.loads((Path(folder) / "meta.json").read_text())
     except (OSError, ValueError):
-        raise DataError(f"{folder} holds no readable meta.json: remove the folder and prepare it again") from None
+        raise DataError(f"{folder} holds no readable meta.json: "
+                        "remove the folder and prepare it again") from None
 
 
 def sha256(path: str | Path) -> str:

