@@ -16,6 +16,7 @@ import codecs
 import hashlib
 import http.client
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -36,7 +37,9 @@ from engine.options import DataError
 __all__ = ["Blocks", "SOURCES", "Source", "Tokens", "eval_blocks", "load_tokenizer", "prepare",
            "read_meta"]
 
-CHUNK = 2**20  # bytes of a text file in memory at once
+CHUNK = 2**20  # bytes of a text file that are read at once
+LONGEST = 2**24  # most characters without a place to cut that are kept together
+CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)  # up to the end of the last whole word
 HELD_OUT = 200  # one document in so many is for validation where a corpus has no such split
 TINY_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
             "input.txt")
@@ -154,21 +157,18 @@ def _slice(path: Path, start: int, stop: int) -> Iterator[str]:
     at = 0
     rest = ""
     for text in _read(path):
+        searched = max(0, len(rest) - 1)  # no place to cut before: do not look there again
         rest += text[max(0, start - at):max(0, stop - at)]
         at += len(text)
-        cut = _last_space(rest, len(rest))
-        while cut > 0 and rest[cut - 1].isspace():
-            cut = _last_space(rest, cut)
-        if cut <= 0 and len(rest) > 16 * CHUNK:
-            cut = len(rest)  # no place to cut: memory stays bounded at the price of one odd token
-        if cut > 0:
-            yield rest[:cut]
-            rest = rest[cut:]
+        if found := CUT.match(rest, searched):
+            cut = found.end()
+        elif len(rest) > LONGEST:
+            cut = len(rest)  # memory stays bounded at the price of one odd token
+        else:
+            continue
+        yield rest[:cut]
+        rest = rest[cut:]
     yield rest
-
-
-def _last_space(text: str, end: int) -> int:
-    return max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
 
 
 def _write_text(path: Path, folder: Path, tokenizer: str) -> dict:

@@ -5,10 +5,12 @@ import io
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +117,33 @@ def test_text_is_split_at_nine_tenths_and_pieces_change_nothing(tmp_path, monkey
     assert meta["vocab_size"] == whole.vocab_size and meta["dtype"] == "<u2"
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_pieces_of_awkward_texts_have_the_tokens_of_the_whole(tmp_path, monkeypatch, gpt2, chunk):
+    monkeypatch.setattr(text, "CHUNK", chunk)
+    texts = [" " * 501, "\n" * 501, "a" * 501, "a\n" * 250, "\t \n" * 200, "日本" * 150, "a1," * 99]
+    draw = random.Random(chunk)
+    for alphabet in (" \n\t\raB'1.é日", " \na", "  \n\n\x1c\xa0\u2003!", "a'sll1 "):
+        texts += ["".join(draw.choices(alphabet, k=300)) for _ in range(20)]
+    for content in texts:
+        path = Path(write(tmp_path / "awkward.txt", content))
+        for start, stop in (0, len(content)), (7, len(content) - 5):
+            pieces = list(text._slice(path, start, stop))
+            assert "".join(pieces) == content[start:stop]
+            ids = [i for piece in pieces for i in gpt2.encode(piece)]
+            assert ids == gpt2.encode(content[start:stop]), content
+
+
+@pytest.mark.parametrize("unit", [" ", "\n", "a", "\t\r"])
+def test_text_without_a_place_to_cut_takes_no_longer_than_another(tmp_path, unit):
+    path = Path(write(tmp_path / "long.txt", unit * (2**21 // len(unit))))
+    began = time.process_time()
+    assert sum(map(len, text._slice(path, 0, 2**21))) == 2**21
+    assert time.process_time() - began < 3  # 0.1 s; it was 20 s for spaces
+
+
 def test_text_without_a_space_is_read_in_bounded_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "CHUNK", 10)
+    monkeypatch.setattr(text, "LONGEST", 160)
     path = Path(write(tmp_path / "dna.txt", "ACGT" * 500))
     pieces = list(text._slice(path, 100, 1900))
     assert "".join(pieces) == "ACGT" * 450 and max(map(len, pieces)) == 170
