@@ -9,6 +9,7 @@ dtype, max_tokens, and for each split its tokens, bytes (of text), sha256 (of it
     load_tokenizer(tokens.meta).decode(x[0])
 """
 import hashlib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,10 @@ REPLACEMENT = "\ufffd".encode()
 class Tokenizer:
     """Text <-> token ids in [0, vocab_size).
 
-    `decode` takes any ids: those outside the vocabulary (the padding of a model's embedding) become
-    U+FFFD, and so do bytes that are not UTF-8. `eot` is the end-of-text token, None where there is
-    none. `load_tokenizer(tokenizer.state())` is the same tokenizer.
+    `encode` takes text as a corpus has it, `encode_prompt` as a person types it. `decode` takes any
+    ids: those outside the vocabulary (the padding of a model's embedding) become U+FFFD, and so do
+    bytes that are not UTF-8. `eot` is the end-of-text token, None where there is none.
+    `load_tokenizer(tokenizer.state())` is the same tokenizer.
     """
     name: str
     eot: int | None = None
@@ -37,6 +39,10 @@ class Tokenizer:
 
     def state(self) -> dict:
         return {"name": self.name}
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The same as `encode`, but "<|endoftext|>" is the end-of-text token where there is one."""
+        return self.encode(text)
 
     def decode_bytes(self, ids) -> bytes:
         return b"".join(self.table[i] if 0 <= i < self.vocab_size else REPLACEMENT for i in ids)
@@ -74,12 +80,14 @@ class ByteTokenizer(Tokenizer):
         super().__init__([bytes([i]) for i in range(256)])
 
     def encode(self, text: str) -> list[int]:
-        # undecodable bytes of a command line become themselves again
+        # In a str, U+DC80 ... U+DCFF are the undecodable bytes of a command line: these become
+        # themselves again. Other surrogates stand for nothing.
+        text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)
         return list(text.encode("utf-8", errors="surrogateescape"))
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's 50257 byte pairs, through tiktoken; "<|endoftext|>" inside a text is plain text."""
+    """GPT-2's 50257 byte pairs, through tiktoken; "<|endoftext|>" in a corpus is plain text."""
     name = "gpt2"
 
     def __init__(self):
@@ -98,6 +106,9 @@ class GPT2Tokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.encoding.encode(text, allowed_special="all")
 
 
 def load_tokenizer(state: dict) -> Tokenizer:

@@ -73,7 +73,29 @@ def test_tokenizers_give_back_every_text_and_survive_json(name, request):
 def test_half_a_character_is_replaced_and_bytes_of_the_command_line_come_back():
     tokenizer = load_tokenizer({"name": "bytes"})
     assert tokenizer.decode([0xe6, 0x97, 65]) == "\ufffdA"
-    assert tokenizer.encode(os.fsdecode(b"\xff!")) == [0xff, ord("!")]
+    for encode in tokenizer.encode, tokenizer.encode_prompt:
+        assert encode(os.fsdecode(b"\xff!")) == [0xff, ord("!")]
+        assert encode("\ud800!\udfff") == encode("\ufffd!\ufffd")
+
+
+def test_undecodable_bytes_are_replaced_for_gpt2_and_named_for_characters(gpt2):
+    for encode in gpt2.encode, gpt2.encode_prompt:
+        assert encode(os.fsdecode(b"\xff!")) == encode("\ufffd!")
+    with pytest.raises(DataError, match=r"character '\\udcff' is not among the 2") as error:
+        load_tokenizer({"name": "char", "chars": "ab"}).encode_prompt(os.fsdecode(b"a\xff"))
+    assert str(error.value).isascii()
+
+
+def test_a_prompt_can_hold_the_end_of_text_token(gpt2):
+    prompt = "<|endoftext|>Once <|endoftext|><|endofprompt|>"
+    ids = gpt2.encode_prompt(prompt)
+    assert ids[0] == gpt2.eot == 50256 and ids.count(50256) == 2
+    assert [i for i in ids if i != 50256] == gpt2.encode("Once ") + gpt2.encode("<|endofprompt|>")
+    assert gpt2.decode(ids) == prompt
+    assert 50256 not in gpt2.encode(prompt)  # a corpus that speaks of the token does not end there
+    characters = load_tokenizer({"name": "char", "chars": "".join(set(prompt))})
+    for plain in load_tokenizer({"name": "bytes"}), characters:
+        assert plain.eot is None and plain.encode_prompt(prompt) == plain.encode(prompt)
 
 
 def test_unknown_character_and_unknown_tokenizer_are_named():
