@@ -1,10 +1,14 @@
 """Folders of prepared data: complete or absent, whatever is killed and however many ask for one."""
+import errno
 import hashlib
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from engine.options import DataError
 
@@ -41,22 +45,31 @@ def ensure(folder: Path, fill: Callable[[Path], dict]):
 def read_meta(folder: str | Path) -> dict:
     """What `fill` returned when the folder was made. Raises DataError where it is not readable."""
     try:
-        return json.loads((Path(folder) / "meta.json").read_text())
-    except (OSError, ValueError):
+        with open_file(Path(folder) / "meta.json") as file:
+            return json.load(file)
+    except (OSError, ValueError, RecursionError):
         raise DataError(f"{folder} holds no readable meta.json: "
                         "remove the folder and prepare it again") from None
 
 
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a file for reading. Raises OSError, also for a pipe or a device: these may never end."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
+    return open(path, "rb")
+
+
 def sha256(path: str | Path) -> str:
     """The hex digest of a file's content, read in pieces. Raises OSError."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def _locked(path: Path):
     """One process at a time; the system lets go of the lock when its holder dies."""
-    with open(path, "w") as file:
+    with open(path, "a+b") as file:  # does not empty what a link points to, nor wait for a pipe
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
