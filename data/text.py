@@ -30,7 +30,7 @@ from pathlib import Path
 if __name__ == "__main__":  # python data/text.py looks for modules in data/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.folders import ensure, read_meta, sha256
+from data.folders import ensure, open_file, read_meta, sha256
 from data.tokens import Blocks, Tokens, eval_blocks, load_tokenizer, make_meta, writers_for
 from engine.options import DataError
 
@@ -40,6 +40,23 @@ __all__ = ["Blocks", "SOURCES", "Source", "Tokens", "eval_blocks", "load_tokeniz
 CHUNK = 2**20  # bytes of a text file that are read at once
 LONGEST = 2**24  # most characters without a place to cut that are kept together
 CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)  # up to the end of the last whole word
+FORMATS = [  # how a file begins that is not UTF-8 text, what it is, and what makes text of it
+    (rb"\x1f\x8b", "gzip data", "unpack it with gunzip"),
+    (rb"BZh[1-9]1AY&SY", "bzip2 data", "unpack it with bunzip2"),
+    (rb"\xfd7zXZ", "xz data", "unpack it with unxz"),
+    (rb"\x28\xb5\x2f\xfd", "zstandard data", "unpack it with unzstd"),
+    (rb"7z\xbc\xaf", "a 7z archive", "unpack it with 7z x"),
+    (rb"PK[\3\5]", "a zip archive or an office document",
+     "unpack it with unzip, or save the document as plain text"),
+    (rb".{257}ustar(\0|  \0)", "a tar archive", "unpack it with tar -xf"),
+    (rb"%PDF-", "a PDF", "convert it with pdftotext"),
+    (rb"PAR1\x15", "a parquet file", "write its column of text into a file"),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32", "convert it with iconv -f UTF-32 -t UTF-8"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16", "convert it with iconv -f UTF-16 -t UTF-8"),
+    (rb"[^\0]\0[^\0]\0", "UTF-16", "convert it with iconv -f UTF-16LE -t UTF-8"),
+    (rb"\0[^\0]\0[^\0]", "UTF-16", "convert it with iconv -f UTF-16BE -t UTF-8"),
+    (rb"\0{4}", "zero bytes", "copy or download it again"),
+]
 HELD_OUT = 200  # one document in so many is for validation where a corpus has no such split
 TINY_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
             "input.txt")
@@ -129,10 +146,18 @@ def _sha256(path: Path) -> str:
 
 
 def _read(path: Path) -> Iterator[str]:
-    """The characters of a UTF-8 file as they are (no newline is translated), in pieces."""
+    """The characters of a UTF-8 file, without a byte-order mark at its start, in pieces.
+
+    They are as they are: no newline is translated.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
-    with open(path, "rb") as file:
+    with open_file(path) as file:
+        head = file.read(512)
+        for beginning, what, remedy in FORMATS:
+            if re.match(beginning, head, re.DOTALL):
+                raise DataError(f"{path} is not UTF-8 text but {what}: {remedy}")
+        offset = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+        file.seek(offset)
         while True:
             block = file.read(CHUNK)
             pending = len(decoder.getstate()[0])  # bytes of a character that the last block began
@@ -141,8 +166,8 @@ def _read(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 byte = offset - pending + error.start
                 raise DataError(f"{path} is not UTF-8 text: "
-                                f"byte {byte} is {error.object[error.start]:#04x}; "
-                                "convert it, for example with iconv -t UTF-8") from None
+                                f"byte {byte} is {error.object[error.start]:#04x}; convert it, "
+                                "for example with iconv -f WINDOWS-1252 -t UTF-8") from None
             if not block:
                 return
             offset += len(block)

@@ -1,9 +1,12 @@
 """data/text.py and data/tokens.py: what is prepared, how it is read, what bad input gets."""
+import bz2
 import dataclasses
+import gzip
 import hashlib
 import io
 import itertools
 import json
+import lzma
 import os
 import random
 import subprocess
@@ -11,6 +14,7 @@ import sys
 import tarfile
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +244,56 @@ def test_files_that_are_no_text_are_one_line(tmp_path, monkeypatch, content, wor
         prepare(str(path), tmp_path / "data")
     assert "\n" not in str(error.value) and "input.txt" in str(error.value)
     assert [p.name for p in (tmp_path / "data").glob("*")] in ([], [".tmp"])
+
+
+ZIPPED = io.BytesIO()
+with zipfile.ZipFile(ZIPPED, "w") as zipped:
+    zipped.writestr("a.txt", MIXED)
+TARRED = io.BytesIO()
+with tarfile.open(fileobj=TARRED, mode="w") as tarred:
+    tarred.addfile(tarfile.TarInfo("a.txt"))
+
+
+@pytest.mark.parametrize("content, words", [
+    (gzip.compress(MIXED.encode()), "gzip data: unpack it with gunzip"),
+    (bz2.compress(MIXED.encode()), "bzip2 data: unpack it with bunzip2"),
+    (lzma.compress(MIXED.encode()), "xz data: unpack it with unxz"),
+    (b"\x28\xb5\x2f\xfd rest", "zstandard data: unpack it with unzstd"),
+    (ZIPPED.getvalue(), "a zip archive or an office document: unpack it with unzip"),
+    (TARRED.getvalue(), "a tar archive: unpack it with tar -xf"),
+    (b"%PDF-1.7\n", "a PDF: convert it with pdftotext"),
+    (b"PAR1\x15\x04", "a parquet file: write its column of text"),
+    (MIXED.encode("utf-16"), "UTF-16: convert it with iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff" + MIXED.encode("utf-16be"), "UTF-16: convert it with iconv -f UTF-16 -t UTF-8"),
+    (MIXED.encode("utf-16le"), "UTF-16: convert it with iconv -f UTF-16LE -t UTF-8"),
+    (MIXED.encode("utf-16be"), "UTF-16: convert it with iconv -f UTF-16BE -t UTF-8"),
+    (MIXED.encode("utf-32"), "UTF-32: convert it with iconv -f UTF-32 -t UTF-8"),
+    (bytes(1000), "zero bytes: copy or download it again"),
+])
+def test_other_formats_are_named_with_their_remedy(tmp_path, content, words):
+    path = tmp_path / "input.txt"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        prepare(str(path), tmp_path / "data")
+    assert str(error.value).startswith(f"{path} is not UTF-8 text but {words}")
+
+
+def test_a_byte_order_mark_is_not_a_character(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    path = tmp_path / "marked.txt"
+    path.write_bytes(mark + MIXED.encode())
+    folder = prepare(str(path), tmp_path / "data")
+    plain = prepare(write(tmp_path / "plain.txt", MIXED), tmp_path / "data")
+    assert hashlib.sha256(mark + MIXED.encode()).hexdigest()[:12] in folder.name
+    assert read_meta(folder) == read_meta(plain)  # the same characters, tokens, bytes and sha256
+    path.write_bytes(mark + b"ab\xff")
+    with pytest.raises(DataError, match="byte 5 is 0xff"):
+        prepare(str(path), tmp_path / "data")
+    path.write_bytes(mark)
+    with pytest.raises(DataError, match="is empty"):
+        prepare(str(path), tmp_path / "data")
+    inside = prepare(write(tmp_path / "inside.txt", "a\ufeffb"), tmp_path / "data")
+    assert "\ufeff" in read_meta(inside)["tokenizer"]["chars"]
 
 
 def test_full_disk_and_damaged_folders_are_one_line(tmp_path, monkeypatch):
