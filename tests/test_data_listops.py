@@ -1,10 +1,11 @@
-"""data/listops.py: trees against a recursive reference, their statistics against the published ones, and baselines by hand."""
+"""data/listops.py: trees against a recursive reference, published statistics, baselines by hand."""
 import random
 
 import numpy as np
 import pytest
 
-from data.listops import CLOSE, MAX, MED, MIN, SM, evaluate, generate, majority_baseline, root_baseline, to_text, tokenize
+from data.listops import (CLOSE, MAX, MED, MIN, SM, evaluate, generate, majority_baseline,
+                          root_baseline, to_text, tokenize)
 from engine.options import DataError
 
 
@@ -13,7 +14,8 @@ def trees(tokens, offsets):
 
 
 def read(symbols):
-    """Recursive reference: (value, depth, arguments of the widest operator, operators) of the tree that `symbols` starts with."""
+    """Recursive reference of the tree that `symbols` starts with: (value, depth, arguments of the
+    widest operator, operators)."""
     symbol = symbols.pop(0)
     if symbol.isdigit():
         return int(symbol), 1, 0, 0
@@ -23,10 +25,12 @@ def read(symbols):
     symbols.pop(0)
     values = sorted(value for value, *_ in inner)
     n = len(values)
-    value = {"[MIN": values[0], "[MAX": values[-1], "[SM": sum(values) % 10,
-             "[MED": values[n // 2] if n % 2 else int((values[n // 2 - 1] + values[n // 2]) / 2)}[symbol]
+    middle = values[n // 2] if n % 2 else int((values[n // 2 - 1] + values[n // 2]) / 2)
+    value = {"[MIN": values[0], "[MAX": values[-1], "[SM": sum(values) % 10, "[MED": middle}[symbol]
     assert n >= 2
-    return value, 1 + max(d for _, d, _, _ in inner), max(n, *(w for _, _, w, _ in inner)), 1 + sum(o for *_, o in inner)
+    depth = 1 + max(depth for _, depth, _, _ in inner)
+    widest = max(n, *(width for _, _, width, _ in inner))
+    return value, depth, widest, 1 + sum(operators for *_, operators in inner)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,8 @@ def full():
 
 def test_values_shapes_and_lengths_of_the_default_trees(full):
     tokens, offsets, labels, _ = full
-    assert tokens.dtype == labels.dtype == np.uint8 and offsets.dtype == np.int64 and len(offsets) == len(labels) + 1 == 3001
+    assert tokens.dtype == labels.dtype == np.uint8 and offsets.dtype == np.int64
+    assert len(offsets) == len(labels) + 1 == 3001
     deepest = widest = 0
     for tree, label in list(zip(trees(tokens, offsets), labels))[:300]:
         symbols = to_text(tree).split()
@@ -54,14 +59,18 @@ def test_every_label_is_the_value(full):
 
 
 def test_statistics_are_the_published_ones(full):
-    """Within four standard errors (of these 3000) of acceptance 8.3%, mean length 1036, median 957, class 0 17.1%, class 9 16.6%."""
+    """Within four standard errors (of these 3000) of acceptance 8.3%, mean length 1036, median 957,
+    class 0 17.1%, class 9 16.6%."""
     tokens, offsets, labels, stats = full
-    assert stats["acceptance"] == pytest.approx(0.083, abs=4 * (0.083 * 0.917 / stats["candidates"]) ** 0.5)
-    assert stats["mean_length"] == pytest.approx(1036, abs=4 * 394 / 3000**0.5) and stats["mean_length"] == np.diff(offsets).mean()
+    error = (0.083 * 0.917 / stats["candidates"]) ** 0.5
+    assert stats["acceptance"] == pytest.approx(0.083, abs=4 * error)
+    assert stats["mean_length"] == pytest.approx(1036, abs=4 * 394 / 3000**0.5)
+    assert stats["mean_length"] == np.diff(offsets).mean()
     assert stats["median_length"] == pytest.approx(957, abs=45)
     for digit, share in (0, 0.171), (9, 0.166):
         assert (labels == digit).mean() == pytest.approx(share, abs=4 * (0.17 * 0.83 / 3000) ** 0.5)
-    assert root_baseline(full[:3], full[:3]) == pytest.approx(0.362, abs=4 * (0.36 * 0.64 / 3000) ** 0.5)
+    error = (0.36 * 0.64 / 3000) ** 0.5
+    assert root_baseline(full[:3], full[:3]) == pytest.approx(0.362, abs=4 * error)
 
 
 def test_small_trees_follow_the_recursive_distribution():
@@ -77,16 +86,20 @@ def test_small_trees_follow_the_recursive_distribution():
         return 2 + sum(map(size, tree[1:])) if isinstance(tree, list) else 1
 
     reference = [tree for tree in (draw(1) for _ in range(200_000)) if 7 < size(tree) < 30]
-    tokens, offsets, _, stats = generate(10_000, max_depth=4, max_args=3, min_length=7, max_length=30, seed=3, progress=False)
-    assert stats["acceptance"] == pytest.approx(len(reference) / 200_000, rel=0.04) and stats["duplicates"] < 100
+    tokens, offsets, _, stats = generate(10_000, max_depth=4, max_args=3, min_length=7,
+                                         max_length=30, seed=3, progress=False)
+    assert stats["acceptance"] == pytest.approx(len(reference) / 200_000, rel=0.04)
+    assert stats["duplicates"] < 100
     ours, theirs = np.diff(offsets), np.array([size(tree) for tree in reference])
     assert ours.min() == 8 and ours.max() == 29
     for length in range(8, 20):
         share = (theirs == length).mean()
         error = (share * (1 - share) * (1 / 10_000 + 1 / len(theirs))) ** 0.5
-        assert (ours == length).mean() == pytest.approx(share, abs=4 * error + 0.003)  # 0.003: ours are distinct
+        # 0.003: ours are distinct
+        assert (ours == length).mean() == pytest.approx(share, abs=4 * error + 0.003)
     roots = np.bincount(tokens[offsets[:-1]], minlength=15)
-    assert roots[[MIN, MAX, MED, SM]].sum() == 10_000 and abs(roots[[MIN, MAX, MED, SM]] / 10_000 - 0.25).max() < 0.02
+    operators = roots[[MIN, MAX, MED, SM]]
+    assert operators.sum() == 10_000 and abs(operators / 10_000 - 0.25).max() < 0.02
 
 
 def test_seeded_distinct_and_excluding():
@@ -104,8 +117,8 @@ def test_text_and_tokens():
     tokens = tokenize("( ( ( [MAX 3 ) ( ( ( [MED 4 ) 9 ) ] ) ) ] )\r")
     assert tokens.tolist() == [MAX, 3, MED, 4, 9, CLOSE, CLOSE] and tokens.dtype == np.uint8
     assert to_text(tokens) == "[MAX 3 [MED 4 9 ] ]" and (tokenize(to_text(tokens)) == tokens).all()
-    for text, value in (("[MED 1 2 ]", 1), ("[MED 9 1 2 ]", 2), ("[MED 0 9 4 5 ]", 4), ("[SM 9 9 9 ]", 7), ("[MIN 3 [MAX 1 2 ] ]", 2),
-                        ("7", 7)):
+    for text, value in (("[MED 1 2 ]", 1), ("[MED 9 1 2 ]", 2), ("[MED 0 9 4 5 ]", 4),
+                        ("[SM 9 9 9 ]", 7), ("[MIN 3 [MAX 1 2 ] ]", 2), ("7", 7)):
         assert evaluate(tokenize(text)) == value
     with pytest.raises(DataError, match="unknown symbol '.AVG'"):
         tokenize("( [AVG 3")
@@ -117,10 +130,13 @@ def test_text_and_tokens():
 def test_baselines_by_hand():
     def arrays(*samples):
         tokens = [tokenize(text) for text, _ in samples]
-        return np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]), np.array([label for _, label in samples], np.uint8)
+        labels = np.array([label for _, label in samples], np.uint8)
+        return np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]), labels
 
-    train = arrays(("[MIN 1 2 ]", 1), ("[MIN 1 3 ]", 1), ("[MIN 2 2 ]", 2), ("[MAX 9 1 ]", 9), ("[SM 1 1 ]", 2), ("[SM 2 0 ]", 2))
-    test = arrays(("[MIN 1 5 ]", 1), ("[MAX 0 8 ]", 8), ("[MAX 9 0 ]", 9), ("[MED 2 2 ]", 2))  # MED, unseen: train's most frequent, 2
+    train = arrays(("[MIN 1 2 ]", 1), ("[MIN 1 3 ]", 1), ("[MIN 2 2 ]", 2), ("[MAX 9 1 ]", 9),
+                   ("[SM 1 1 ]", 2), ("[SM 2 0 ]", 2))
+    # MED, unseen: train's most frequent, 2
+    test = arrays(("[MIN 1 5 ]", 1), ("[MAX 0 8 ]", 8), ("[MAX 9 0 ]", 9), ("[MED 2 2 ]", 2))
     assert root_baseline(train, test) == 3 / 4
     assert majority_baseline(train[2], test[2]) == 1 / 4
 
