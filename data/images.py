@@ -16,14 +16,15 @@ import numpy as np
 import torch
 
 from data import coco, shapes
+from data.archives import DAMAGED
+from data.cifar import ARCHIVE as CIFAR10_ARCHIVE
+from data.cifar import CLASSES as CIFAR10
+from data.cifar import cifar10
 from data.folders import ensure
-from data.lra_sources import DAMAGED, TASKS, cifar10
 from data.order import Shuffled
 from engine.options import DataError
 
-CIFAR10_ARCHIVE = TASKS["image"].archive
 NAMED = 5  # unreadable images that are named; all are counted
-CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""data/lra.py: prepared folders are complete and not mistaken for others, batches, and the command line."""
+"""data/lra.py: prepared folders are complete and not mistaken for others, batches, the command."""
 import json
 import subprocess
 import sys
@@ -20,11 +20,13 @@ SMALL = dict(train=40, val=10, test=10, min_length=3, max_length=20, max_depth=4
 
 
 def test_listops_generated_splits_share_no_tree(tmp_path):
-    few = dict(train=500, val=100, test=100, min_length=3, max_length=6, max_depth=2, max_args=3)  # of 4400 trees
+    few = dict(train=500, val=100, test=100,
+               min_length=3, max_length=6, max_depth=2, max_args=3)  # of 4400 trees
     result = stored(prepare("listops", tmp_path, generate=few))
     assert [len(result[split]) for split in SPLITS] == [500, 100, 100]
     assert len({tree for split in SPLITS for _, tree in result[split]}) == 700
-    assert all(listops.evaluate(list(tree)) == label for split in SPLITS for label, tree in result[split])
+    assert all(listops.evaluate(list(tree)) == label
+               for split in SPLITS for label, tree in result[split])
     more = stored(prepare("listops", tmp_path, generate={**few, "train": 600}))
     assert more["test"] == result["test"] and len(more["train"]) == 600
 
@@ -33,13 +35,16 @@ def test_same_parameters_are_found_and_others_are_not_mistaken(tmp_path, capsys)
     folder = prepare("listops", tmp_path, generate=SMALL)
     assert capsys.readouterr().out.count("\n") == 2
     written = (folder / "meta.json").stat().st_mtime_ns
-    assert prepare("listops", tmp_path, generate=dict(reversed(SMALL.items()))) == folder and capsys.readouterr().out == ""
+    assert prepare("listops", tmp_path, generate=dict(reversed(SMALL.items()))) == folder
+    assert capsys.readouterr().out == ""
     assert (folder / "meta.json").stat().st_mtime_ns == written
-    others = [prepare("listops", tmp_path, generate=SMALL, seed=1), prepare("listops", tmp_path, generate=SMALL, block_size=10),
+    others = [prepare("listops", tmp_path, generate=SMALL, seed=1),
+              prepare("listops", tmp_path, generate=SMALL, block_size=10),
               prepare("listops", tmp_path, generate={**SMALL, "max_depth": 3})]
     assert len({folder, *others}) == 4
     meta, splits = load(others[1])
-    assert sum(meta["cut"].values()) == sum((np.diff(split.arrays[1]) > 10).sum() for split in load(folder)[1].values()) > 0
+    longer = sum((np.diff(split.arrays[1]) > 10).sum() for split in load(folder)[1].values())
+    assert sum(meta["cut"].values()) == longer > 0
     assert np.diff(splits["train"].arrays[1]).max() == 10
 
 
@@ -55,7 +60,8 @@ def test_an_interrupted_preparation_is_not_mistaken_for_a_finished_one(tmp_path,
     left = tmp_path / ".tmp" / prepare("listops", tmp_path / "elsewhere", generate=SMALL).name
     left.mkdir()  # as a killed process leaves it
     (left / "train_labels.npy").write_bytes(b"rubbish")
-    assert len(stored(prepare("listops", tmp_path, generate=SMALL))["train"]) == 40 and not left.exists()
+    assert len(stored(prepare("listops", tmp_path, generate=SMALL))["train"]) == 40
+    assert not left.exists()
 
 
 def test_a_second_preparation_waits_for_the_first(tmp_path):
@@ -84,7 +90,7 @@ def test_damaged_folder_is_noticed(tmp_path):
     tokens.unlink()
     with pytest.raises(DataError, match="prepare it again"):
         load(folder)
-    with pytest.raises(DataError, match="not a prepared folder"):
+    with pytest.raises(DataError, match="no readable meta.json: .*prepare it again"):
         load(tmp_path / "none")
 
 
@@ -94,11 +100,14 @@ def test_batch_against_the_arrays(tmp_path):
     indices = torch.tensor([5, 0, 39, 5])
     x, mask, y = split.batch(indices)
     lengths = np.diff(offsets)[[5, 0, 39, 5]]
-    assert (x.dtype, mask.dtype, y.dtype) == (torch.int64, torch.bool, torch.int64) and x.shape == mask.shape == (4, lengths.max())
+    assert (x.dtype, mask.dtype, y.dtype) == (torch.int64, torch.bool, torch.int64)
+    assert x.shape == mask.shape == (4, lengths.max())
     assert mask.sum(1).tolist() == lengths.tolist() and y.tolist() == labels[[5, 0, 39, 5]].tolist()
     for row, i in zip(x, indices):
-        assert row.tolist() == [*tokens[offsets[i]:offsets[i + 1]].tolist(), *[0] * (len(row) - offsets[i + 1] + offsets[i])]
-    assert isinstance(np.load(next(tmp_path.glob("lra*")) / "train_tokens.npy", mmap_mode="r"), np.memmap) and len(split) == 40
+        tree = tokens[offsets[i]:offsets[i + 1]].tolist()
+        assert row.tolist() == [*tree, *[0] * (len(row) - len(tree))]
+    stored_tokens = np.load(next(tmp_path.glob("lra*")) / "train_tokens.npy", mmap_mode="r")
+    assert isinstance(stored_tokens, np.memmap) and len(split) == 40
     assert tokens.dtype == np.uint8 and isinstance(tokens.base, np.memmap)
 
 
@@ -111,7 +120,8 @@ def test_batch_against_the_arrays(tmp_path):
     (["listops", "--generate", "max_args"], "takes NAME=NUMBER"),
     (["image", "--generate", "train=5"], "train mean nothing here"),
     (["listops", "--source=x", "--generate", "train=5"], "leave the source out"),
-    (["retrieval"], "download lra_release.gz (7.7 GiB) from https://github.com/google-research/long-range-arena"),
+    (["retrieval"], "download lra_release.gz (7.7 GiB) "
+                    "from https://github.com/google-research/long-range-arena"),
     (["image"], "download cifar-10-python.tar.gz (163 MiB) from https://www.cs.toronto.edu"),
 ])
 def test_mistakes_are_one_line_and_exit_2(tmp_path, capsys, arguments, words):
@@ -128,7 +138,8 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def test_command_line_as_a_script(tmp_path):
     script = Path(__file__).parents[1] / "data" / "lra.py"
-    command = [sys.executable, str(script), "listops", "--data_dir", str(tmp_path), "--generate", *(f"{k}={v}" for k, v in SMALL.items())]
+    command = [sys.executable, str(script), "listops", "--data_dir", str(tmp_path),
+               "--generate", *(f"{k}={v}" for k, v in SMALL.items())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = Path(done.stdout.splitlines()[2])

@@ -1,4 +1,5 @@
-"""data/lra_sources.py: each reader on a small archive of exactly the released form, made here, and the generated tasks, through prepare."""
+"""data/lra_sources.py, archives.py, cifar.py: each reader on a small archive of exactly the released
+form, made here, and the generated tasks, through prepare."""
 import io
 import os
 import subprocess
@@ -22,7 +23,10 @@ def stored(folder):
         x, mask, y = split.batch(np.arange(len(split)))
         x, mask = (a if a.dim() == 3 else a[:, None] for a in (x, mask))
         assert not x[~mask].any()
-        result[name] = [(int(label), *(bytes(row[real].tolist()) for row, real in zip(*pair))) for *pair, label in zip(x, mask, y)]
+        result[name] = []
+        for *towers, label in zip(x, mask, y):
+            sequences = (bytes(row[real].tolist()) for row, real in zip(*towers))
+            result[name].append((int(label), *sequences))
     return result
 
 
@@ -41,26 +45,34 @@ def nested(text):
     return node(text.split())
 
 
-TREES = {"train": [("[MAX 3 4 ]", "4"), ("[MIN [SM 9 9 ] 9 1 ]", "1.0"), ("[MED 1 2 ]", "1")], "val": [("[SM 1 2 3 ]", "6")],
+TREES = {"train": [("[MAX 3 4 ]", "4"), ("[MIN [SM 9 9 ] 9 1 ]", "1.0"), ("[MED 1 2 ]", "1")],
+         "val": [("[SM 1 2 3 ]", "6")],
          "test": [("[MAX 9 [MIN 0 1 ] ]", "9"), ("[MAX 1 2 ]", "2")]}
 
 
 def listops_files(prefix="lra_release/lra_release/", trees=TREES):
-    return {f"{prefix}listops-1000/basic_{split}.tsv":
-            ("Source\tTarget\r\n" + "".join(f"{nested(text)}\t{label}\r\n" for text, label in trees[split])).encode() for split in SPLITS}
+    files = {}
+    for split in SPLITS:
+        lines = "".join(f"{nested(text)}\t{label}\r\n" for text, label in trees[split])
+        files[f"{prefix}listops-1000/basic_{split}.tsv"] = f"Source\tTarget\r\n{lines}".encode()
+    return files
 
 
 def test_listops_released(tmp_path):
     assert nested("[MAX 3 4 ]") == "( ( ( [MAX 3 ) 4 ) ] )"
-    expected = {split: [(int(float(label)), listops.tokenize(text).tobytes()) for text, label in trees] for split, trees in TREES.items()}
-    others = {"lra_release/lra_release/tsv_data/readme.txt": b"text", "lra_release/my-listops-1000/basic_train.tsv": b"x"}
+    expected = {split: [(int(float(label)), listops.tokenize(text).tobytes())
+                        for text, label in trees] for split, trees in TREES.items()}
+    others = {"lra_release/lra_release/tsv_data/readme.txt": b"text",
+              "lra_release/my-listops-1000/basic_train.tsv": b"x"}
     for source in (archive(tmp_path / "lra_release.gz", {**others, **listops_files()}),
                    archive(tmp_path / "plain.tar", listops_files("./"), compress=False),
-                   unpack(tmp_path / "unpacked", listops_files()), tmp_path / "unpacked/lra_release/lra_release/listops-1000"):
+                   unpack(tmp_path / "unpacked", listops_files()),
+                   tmp_path / "unpacked/lra_release/lra_release/listops-1000"):
         folder = prepare("listops", tmp_path / "data", source=source)
         assert stored(folder) == expected
     meta, splits = load(folder)
-    assert meta["counts"] == {"train": 3, "val": 1, "test": 2} and meta["classes"] == 10 and meta["vocab_size"] == 15
+    assert meta["counts"] == {"train": 3, "val": 1, "test": 2}
+    assert meta["classes"] == 10 and meta["vocab_size"] == 15
     assert meta["baselines"] == {"majority": {"val": 0, "test": 0}, "root": {"val": 0, "test": 0}}
     assert splits["test"].labels.tolist() == [9, 2]
 
@@ -68,10 +80,14 @@ def test_listops_released(tmp_path):
 def test_listops_of_two_copies_the_inner_folder_and_the_first_in_an_archive(tmp_path):
     other = {split: [("[MAX 0 0 ]", "0")] for split in SPLITS}
     both = {**listops_files("lra_release/", other), **listops_files()}
-    assert len(stored(prepare("listops", tmp_path, source=unpack(tmp_path / "unpacked", both)))["train"]) == 3
-    assert len(stored(prepare("listops", tmp_path, source=archive(tmp_path / "a.gz", both)))["train"]) == 1
-    half = {name: content for name, content in both.items() if name != "lra_release/listops-1000/basic_val.tsv"}
-    with pytest.raises(DataError, match="lacks listops-1000/basic_val.tsv"):  # never one copy's train with another's test
+    unpacked = prepare("listops", tmp_path, source=unpack(tmp_path / "unpacked", both))
+    assert len(stored(unpacked)["train"]) == 3
+    packed = prepare("listops", tmp_path, source=archive(tmp_path / "a.gz", both))
+    assert len(stored(packed)["train"]) == 1
+    half = dict(both)
+    del half["lra_release/listops-1000/basic_val.tsv"]
+    # never one copy's train with another's test
+    with pytest.raises(DataError, match="lacks listops-1000/basic_val.tsv"):
         prepare("listops", tmp_path, source=archive(tmp_path / "half.gz", half))
 
 
@@ -108,39 +124,47 @@ def test_listops_missing_file_header_and_source(tmp_path):
 
 def test_text_archive_and_folder_give_the_same(tmp_path):
     files = imdb_files()
-    packed = prepare("text", tmp_path / "a", source=archive(tmp_path / "aclImdb_v1.tar.gz", dict(reversed(files.items()))), block_size=100)
+    packed = prepare("text", tmp_path / "a", block_size=100, source=archive(
+        tmp_path / "aclImdb_v1.tar.gz", dict(reversed(files.items()))))
     unpack(tmp_path / "b", files)
     found = prepare("text", tmp_path / "b", block_size=100)  # found in data_dir
     result = stored(found)
     assert result == stored(packed) and [len(result[split]) for split in SPLITS] == [18, 2, 20]
-    train = {name: content[:100] for name, content in files.items() if "train/pos" in name or "train/neg" in name}
+    train = {name: content[:100] for name, content in files.items()
+             if "train/pos" in name or "train/neg" in name}
     expected = sorted((int("/pos/" in name), content) for name, content in train.items())
     assert sorted(result["train"] + result["val"]) == expected
     meta, _ = load(found)
-    assert meta["cut"]["test"] == sum(len(content) > 100 for name, content in files.items() if "/test/" in name) > 0
+    longer = [name for name, content in files.items() if "/test/" in name and len(content) > 100]
+    assert meta["cut"]["test"] == len(longer) > 0
     assert stored(prepare("text", tmp_path / "b", block_size=100, seed=1))["val"] != result["val"]
 
 
 def test_text_incomplete(tmp_path):
     files = imdb_files()
     files["aclImdb/test/neg/3_2.txt"] = b""
-    meta, splits = load(prepare("text", tmp_path / "data", source=unpack(tmp_path / "empty", files)))
+    source = unpack(tmp_path / "empty", files)
+    meta, splits = load(prepare("text", tmp_path / "data", source=source))
     assert len(splits["test"]) == 19 and meta["skipped"] == {"train": 0, "val": 0, "test": 1}
     del files["aclImdb/test/neg/3_2.txt"]
     with pytest.raises(DataError, match="test holds 10 positive and 9 negative"):
         prepare("text", tmp_path / "data", source=archive(tmp_path / "a.tar.gz", files))
-    with pytest.raises(DataError, match=r"download aclImdb_v1.tar.gz \(80 MiB\) from https://ai.stanford.edu.* into .*data.*--source"):
+    with pytest.raises(DataError, match=r"download aclImdb_v1.tar.gz \(80 MiB\) from "
+                                        "https://ai.stanford.edu.* into .*data.*--source"):
         prepare("text", tmp_path / "data")
 
 
 def test_truncated_and_broken_archives(tmp_path):
     """Wherever it is cut off: in the middle of a member, or just short of the end."""
-    source = archive(tmp_path / "aclImdb_v1.tar.gz", {**imdb_files(), "aclImdb/zzz": os.urandom(5000)})
+    files = {**imdb_files(), "aclImdb/zzz": os.urandom(5000)}
+    source = archive(tmp_path / "aclImdb_v1.tar.gz", files)
     whole = source.read_bytes()
     broken = whole[:2000] + b"\0" * 50 + whole[2050:]
-    for content in whole[:300], whole[:len(whole) // 2], whole[:-4], broken, b"", b"<html>not found</html>":
+    cut = whole[:300], whole[:len(whole) // 2], whole[:-4]
+    for content in *cut, broken, b"", b"<html>not found</html>":
         source.write_bytes(content)
-        with pytest.raises(DataError, match="aclImdb_v1.tar.gz is not a complete archive .*download it again") as error:
+        with pytest.raises(DataError, match="aclImdb_v1.tar.gz is not a complete archive "
+                                            ".*download it again") as error:
             prepare("text", tmp_path / "data", source=source)
         assert "\n" not in str(error.value)
     assert [path.name for path in (tmp_path / "data").iterdir()] == [".tmp"]
@@ -150,22 +174,26 @@ def test_truncated_and_broken_archives(tmp_path):
 
 
 def test_retrieval(tmp_path):
-    folder = prepare("retrieval", tmp_path, source=archive(tmp_path / "lra_release.gz", retrieval_files()), block_size=20)
-    expected = [(1, b"first text", b"second one"), (0, b'"quoted, not closed', b"x" * 20), (1, b"a", b"b")]
+    source = archive(tmp_path / "lra_release.gz", retrieval_files())
+    folder = prepare("retrieval", tmp_path, source=source, block_size=20)
+    expected = [(1, b"first text", b"second one"), (0, b'"quoted, not closed', b"x" * 20),
+                (1, b"a", b"b")]
     assert stored(folder) == {split: expected for split in SPLITS}
     meta, splits = load(folder)
     assert meta["towers"] == 2 and meta["cut"]["val"] == meta["skipped"]["val"] == 1
     x, mask, y = splits["val"].batch([2, 0])
-    assert x.shape == mask.shape == (2, 2, 10) and mask.sum(-1).tolist() == [[1, 1], [10, 10]] and y.tolist() == [1, 1]
+    assert x.shape == mask.shape == (2, 2, 10)
+    assert mask.sum(-1).tolist() == [[1, 1], [10, 10]] and y.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("line, words", [
     (b"2\t1\t2\ta\tb", "new_aan_pairs.train.tsv, line 1: label b'2' is not one of 0 to 1"),
-    (b"1\t1\t2\ta", "line 1: expected label, id1, id2, text1, text2 with tabs between them, got 4 fields"),
+    (b"1\t1\t2\ta", "line 1: expected label, id1, id2, text1, text2 with tabs between them, "
+                     "got 4 fields"),
     (b"x" * 2000, "line longer than 1,000 bytes"),
 ])
 def test_retrieval_wrong_lines(tmp_path, line, words, monkeypatch):
-    monkeypatch.setattr("data.lra_sources.LONGEST_LINE", 1000)
+    monkeypatch.setattr("data.archives.LONGEST_LINE", 1000)
     with pytest.raises(DataError, match=words):
         prepare("retrieval", tmp_path, source=unpack(tmp_path, retrieval_files([line])))
 
@@ -174,10 +202,17 @@ def test_retrieval_is_streamed(tmp_path):
     """60 MB of pairs must not make the process 60 MB larger."""
     line = b"1\t1\t2\t" + b"a" * 30_000 + b"\t" + b"b" * 30_000
     source = unpack(tmp_path, retrieval_files([line]))
-    (source / "lra_release/lra_release/tsv_data/new_aan_pairs.train.tsv").write_bytes((line + b"\n") * 1000)
-    code = ("import resource, sys; from data.lra import prepare; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "before = peak(); prepare('retrieval', sys.argv[1], source=sys.argv[1]); print(peak() - before)")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    large = source / "lra_release/lra_release/tsv_data/new_aan_pairs.train.tsv"
+    large.write_bytes((line + b"\n") * 1000)
+    code = """if True:
+        import resource, sys
+        from data.lra import prepare
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak()
+        prepare("retrieval", sys.argv[1], source=sys.argv[1])
+        print(peak() - before)"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True,
+                          text=True, cwd=Path(__file__).parents[1])
     assert int(done.stdout.split()[-1]) < 30_000, done.stderr  # KiB
 
 
@@ -193,10 +228,14 @@ def test_image(tmp_path):
     assert [len(result[split]) for split in SPLITS] == [18, 2, 4]
 
     def grey(image):  # in whole thousandths, pixel by pixel
-        return bytes((299 * int(r) + 587 * int(g) + 114 * int(b)) // 1000 for r, g, b in zip(image[:1024], image[1024:2048], image[2048:]))
+        planes = image[:1024], image[1024:2048], image[2048:]
+        return bytes((299 * int(r) + 587 * int(g) + 114 * int(b)) // 1000 for r, g, b in zip(*planes))
 
-    assert result["test"] == [(label, grey(image)) for image, label in zip(images["test_batch"], labels["test_batch"])]
-    train = [(label, grey(image)) for i in range(1, 6) for image, label in zip(images[f"data_batch_{i}"], labels[f"data_batch_{i}"])]
+    def samples(batch):
+        return [(label, grey(image)) for image, label in zip(images[batch], labels[batch])]
+
+    assert result["test"] == samples("test_batch")
+    train = [sample for i in range(1, 6) for sample in samples(f"data_batch_{i}")]
     assert sorted(result["train"] + result["val"]) == sorted(train)
     x, mask, _ = load(prepare("image", tmp_path / "a", source=source))[1]["test"].batch([0, 1])
     assert x.shape == (2, 1024) and mask.all()
@@ -215,7 +254,8 @@ def test_image_pickle_with_a_payload_runs_nothing(tmp_path, monkeypatch, payload
     _, _, files = cifar()
     files["cifar-10-batches-py/data_batch_2"] = payload
     with pytest.raises(DataError, match=words):
-        prepare("image", tmp_path / "data", source=archive(tmp_path / "cifar-10-python.tar.gz", files))
+        prepare("image", tmp_path / "data",
+                source=archive(tmp_path / "cifar-10-python.tar.gz", files))
     assert not list(tmp_path.glob("executed*"))
 
 
@@ -224,7 +264,8 @@ def test_image_labels_sizes_and_cutting(tmp_path):
     files["cifar-10-batches-py/test_batch"] = python2_batch(images["test_batch"], [0, 1, 10, 3])
     with pytest.raises(DataError, match="test_batch, image 2: label 10 is not one of 0 to 9"):
         prepare("image", tmp_path, source=unpack(tmp_path / "a", files))
-    files["cifar-10-batches-py/test_batch"] = python2_batch(images["test_batch"][:, :3000], [0, 1, 2, 3])
+    small = images["test_batch"][:, :3000]
+    files["cifar-10-batches-py/test_batch"] = python2_batch(small, [0, 1, 2, 3])
     with pytest.raises(DataError, match="test_batch is not a batch of CIFAR-10"):
         prepare("image", tmp_path, source=unpack(tmp_path / "a", files))
     with pytest.raises(DataError, match="block_size of at least 1024, not 1000"):
@@ -237,7 +278,9 @@ def test_image_labels_sizes_and_cutting(tmp_path):
 def pathfinder_files(n=20, size=32):
     image = pytest.importorskip("PIL.Image", reason="pip install -r requirements-extra.txt")
     random = np.random.default_rng(0)
-    pictures, labels, files = random.integers(0, 256, (n, size, size), np.uint8), random.integers(0, 2, n), {}
+    pictures = random.integers(0, 256, (n, size, size), np.uint8)
+    labels = random.integers(0, 2, n)
+    files = {}
     root = f"lra_release/lra_release/pathfinder{size}/curv_contour_length_14"
     for batch in range(2):
         lines = []
@@ -254,18 +297,23 @@ def test_pathfinder_released(tmp_path):
     files, samples = pathfinder_files()
     empty = "lra_release/lra_release/pathfinder32/curv_contour_length_14/imgs/1/sample_7.png"
     outside = empty.replace("imgs/1/", "imgs/" + 3 * "../")
-    folder = prepare("pathfinder", tmp_path / "a", source=archive(tmp_path / "lra_release.gz", {**files, empty: b"", outside: b"outside"}))
+    source = archive(tmp_path / "lra_release.gz", {**files, empty: b"", outside: b"outside"})
+    folder = prepare("pathfinder", tmp_path / "a", source=source)
     assert not list(tmp_path.rglob("sample_7.png"))
     result = stored(folder)
-    assert result == stored(prepare("pathfinder", tmp_path / "b", source=unpack(tmp_path, {**files, empty: b""})))
-    assert sum(map(len, result.values())) == 19 and len(result["train"]) in (15, 16) and len(result["test"]) in (1, 2)
-    assert sorted(sample for split in SPLITS for sample in result[split]) == sorted(samples[:7] + samples[8:])
+    source = unpack(tmp_path, {**files, empty: b""})
+    assert result == stored(prepare("pathfinder", tmp_path / "b", source=source))
+    assert sum(map(len, result.values())) == 19
+    assert len(result["train"]) in (15, 16) and len(result["test"]) in (1, 2)
+    read = [sample for split in SPLITS for sample in result[split]]
+    assert sorted(read) == sorted(samples[:7] + samples[8:])
     assert sum(load(folder)[0]["skipped"].values()) == 1 and not (folder / "scratch").exists()
 
 
 def test_pathfinder_of_another_size(tmp_path):
     files, _ = pathfinder_files(size=16)
-    files = {name.replace("pathfinder16", "pathfinder32"): content for name, content in files.items()}
+    files = {name.replace("pathfinder16", "pathfinder32"): content
+             for name, content in files.items()}
     with pytest.raises(DataError, match="256 pixels, expected 1024"):
         prepare("pathfinder", tmp_path, source=unpack(tmp_path, files))
     with pytest.raises(DataError, match="lacks pathfinder128/curv_contour_length_14/metadata"):
@@ -275,12 +323,15 @@ def test_pathfinder_of_another_size(tmp_path):
 def test_pathfinder_generated(tmp_path, monkeypatch):
     easy = dict(train=7, val=3, test=3, contour_length=4, distractors=0)
     once = stored(prepare("pathfinder", tmp_path / "a", generate=easy))
-    assert [len(once[split]) for split in SPLITS] == [7, 3, 3] and len({image for split in SPLITS for _, image in once[split]}) == 13
+    assert [len(once[split]) for split in SPLITS] == [7, 3, 3]
+    assert len({image for split in SPLITS for _, image in once[split]}) == 13
     assert once == stored(prepare("pathfinder", tmp_path / "b", generate=easy))
     monkeypatch.setattr("data.lra_sources.GENERATED_AT_ONCE", 4 * 1024)
     pieces = stored(prepare("pathfinder", tmp_path / "c", generate=easy))
-    assert len({image for split in SPLITS for _, image in pieces[split]}) == 13 and pieces["train"][:4] == once["train"][:4]
-    x, mask, _ = load(prepare("pathx", tmp_path / "a", generate=dict(train=1, val=1, test=1)))[1]["train"].batch([0])
+    assert len({image for split in SPLITS for _, image in pieces[split]}) == 13
+    assert pieces["train"][:4] == once["train"][:4]
+    large = prepare("pathx", tmp_path / "a", generate=dict(train=1, val=1, test=1))
+    x, mask, _ = load(large)[1]["train"].batch([0])
     assert x.shape == (1, 128**2) and mask.all()
     with pytest.raises(DataError, match="no option seed=3; take .*contour_length"):
         prepare("pathfinder", tmp_path, generate=dict(seed=3))

@@ -1,4 +1,5 @@
-"""data/pathfinder.py: what is drawn, that the label tells nothing but the answer, and the reader of released files."""
+"""data/pathfinder.py, paddles.py: what is drawn, that the label tells nothing but the answer, and
+the reader of released files."""
 
 import random
 import subprocess
@@ -8,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.pathfinder import CHUNK, RELEASED, Geometry, draw_scene, generate, next_paddle, read_released, shapes
+from data.lra_sources import read_metadata, read_png
+from data.paddles import Geometry, make_stencils
+from data.pathfinder import CHUNK, RELEASED, draw_scene, generate, next_paddle
 from engine.options import DataError
 
 
@@ -18,11 +21,14 @@ def images_and_labels():
 
 
 def scenes(n, size, margin):
-    """The shapes, and (label, targets, distractors, discs) of n images, targets and distractors as polylines."""
-    rng, s = random.Random(0), shapes(RELEASED[size], margin)
-    drawn = [(i % 2, *draw_scene(rng, s, RELEASED[size], i % 2)) for i in range(n)]
-    return s, [(label, [polyline(s, snake) for snake in targets], [polyline(s, snake) for snake in distractors], place(s, discs))
-               for label, targets, distractors, discs in drawn]
+    """The stencils, and (label, targets, distractors, discs) of n images; snakes as polylines."""
+    rng, s = random.Random(0), make_stencils(RELEASED[size], margin)
+    images = []
+    for i in range(n):
+        targets, distractors, discs = draw_scene(rng, s, i % 2)
+        images.append((i % 2, [polyline(s, snake) for snake in targets],
+                       [polyline(s, snake) for snake in distractors], place(s, discs)))
+    return s, images
 
 
 def place(s, pixels):
@@ -46,7 +52,8 @@ def test_images_have_the_published_form(images_and_labels):
     images, labels = images_and_labels
     assert images.shape == (1200, 32, 32) and images.dtype == labels.dtype == np.uint8
     assert (images.max((1, 2)) == 255).all() and (images.min((1, 2)) == 0).all()
-    assert (images[:, [0, -1]] < 128).all() and (images[:, :, [0, -1]] < 128).all()  # no paddle on the rim
+    # no paddle on the rim
+    assert (images[:, [0, -1]] < 128).all() and (images[:, :, [0, -1]] < 128).all()
     assert abs(labels.mean() - 0.5) < 4 * 0.5 / 1200**0.5
     assert len(np.unique(images, axis=0)) == 1200
 
@@ -59,26 +66,31 @@ def test_discs_mark_one_snake_or_two_and_snakes_keep_apart(size, margin, n):
         start_of = [(disc_0 == target[0]).all() for target in targets]
         end_of = [(disc_1 == target[-1]).all() for target in targets]
         assert sum(start_of) == sum(end_of) == 1 and (start_of == end_of) == bool(label)
-        assert [len(target) for target in targets] == [28, 28] and {len(d) for d in distractors} <= {8}
+        assert [len(target) for target in targets] == [28, 28]
+        assert {len(d) for d in distractors} <= {8}
         snakes = targets + distractors
         assert not any(cross(a, b) for i, a in enumerate(snakes) for b in snakes[:i + 1])
         for disc, marked in (disc_0, start_of.index(True)), (disc_1, end_of.index(True)):
-            for snake in [targets[1 - marked], *distractors]:  # a disc hides no part of a snake that it does not mark
+            # a disc hides no part of a snake that it does not mark
+            for snake in [targets[1 - marked], *distractors]:
                 assert np.linalg.norm(snake - disc, axis=1).min() > radius + 1
-    assert np.mean([len(distractors) for _, _, distractors, _ in images]) > 0.6 * RELEASED[size].distractors
-    gaps = np.concatenate([np.linalg.norm(target[2::2] - target[1:-1:2], axis=1) for _, targets, _, _ in images for target in targets])
-    lengths = np.concatenate([np.linalg.norm(target[1::2] - target[::2], axis=1) for _, targets, _, _ in images for target in targets])
+    found = np.mean([len(distractors) for _, _, distractors, _ in images])
+    assert found > 0.6 * RELEASED[size].distractors
+    every = [target for _, targets, _, _ in images for target in targets]
+    gaps = np.concatenate([np.linalg.norm(t[2::2] - t[1:-1:2], axis=1) for t in every])
+    lengths = np.concatenate([np.linalg.norm(t[1::2] - t[::2], axis=1) for t in every])
     assert gaps.min() >= 1 and gaps.mean() == pytest.approx(2 * margin, abs=0.6)
     assert lengths.mean() == pytest.approx(RELEASED[size].paddle_length, abs=0.3)
 
 
 def test_turns_follow_their_weights_where_nothing_is_in_the_way():
-    s, rng = shapes(Geometry(continuity=1.5), 1), random.Random(0)
+    s, rng = make_stencils(Geometry(continuity=1.5), 1), random.Random(0)
     middle = s.pixel(16, 16)
     heads = place(s, np.array(s.heads) + middle) - place(s, middle)
     ahead = heads / np.linalg.norm(heads, axis=1, keepdims=True)
     for k in 0, 5:
-        weight = np.cos(np.minimum(1.5 * np.arccos(np.clip(ahead @ ahead[k], -1, 1)), np.pi / 2)) ** 2
+        angle = np.arccos(np.clip(ahead @ ahead[k], -1, 1))
+        weight = np.cos(np.minimum(1.5 * angle, np.pi / 2)) ** 2
         drawn = [next_paddle(rng, s, s.empty, (middle, k))[1] for _ in range(4000)]
         share = np.bincount(drawn, minlength=len(heads)) / 4000
         assert np.abs(share - weight / weight.sum()).max() < 4 * 0.5 / 4000**0.5
@@ -87,8 +99,10 @@ def test_turns_follow_their_weights_where_nothing_is_in_the_way():
 def test_discs_are_drawn_where_they_are_said_to_be(images_and_labels):
     images, labels = images_and_labels
     full = np.pad(images > 250, ((0, 0), (1, 1), (1, 1)))
-    plus = full[:, 1:-1, 1:-1] & full[:, :-2, 1:-1] & full[:, 2:, 1:-1] & full[:, 1:-1, :-2] & full[:, 1:-1, 2:]
-    assert (plus.sum((1, 2)) == 2).all()  # the middle of a disc and its four neighbours are white, no paddle's are
+    plus = (full[:, 1:-1, 1:-1] & full[:, :-2, 1:-1] & full[:, 2:, 1:-1]
+            & full[:, 1:-1, :-2] & full[:, 1:-1, 2:])
+    # the middle of a disc and its four neighbours are white, no paddle's are
+    assert (plus.sum((1, 2)) == 2).all()
 
 
 def test_label_does_not_leak_into_pixel_statistics(images_and_labels):
@@ -105,13 +119,16 @@ def test_label_does_not_leak_into_pixel_statistics(images_and_labels):
         p = 1 / (1 + np.exp(-x[train] @ weight))
         weight -= 0.5 * (x[train].T @ (p - y[train]) / 600 + 1e-4 * weight)
     accuracy = ((x[test] @ weight > 0) == y[test]).mean()
-    assert abs(accuracy - 0.5) < 4 * 0.5 / 600**0.5, f"accuracy {accuracy:.3f} from pixel statistics"
+    error = 0.5 / 600**0.5
+    assert abs(accuracy - 0.5) < 4 * error, f"accuracy {accuracy:.3f} from pixel statistics"
 
 
 def test_same_images_for_any_number_of_workers():
     n, easy = CHUNK + 30, dict(contour_length=5, distractors=1, progress=False)
-    one, two, fewer = (generate(count, seed=3, workers=workers, **easy) for count, workers in ((n, 1), (n, 2), (5, 1)))
-    assert all((a == b).all() for a, b in zip(one, two)) and all((a[:5] == b).all() for a, b in zip(one, fewer))
+    one, two, fewer = (generate(count, seed=3, workers=workers, **easy)
+                       for count, workers in ((n, 1), (n, 2), (5, 1)))
+    assert all((a == b).all() for a, b in zip(one, two))
+    assert all((a[:5] == b).all() for a, b in zip(one, fewer))
     assert (generate(5, seed=4, workers=1, **easy)[0] != fewer[0]).any()
 
 
@@ -121,7 +138,9 @@ def test_workers_start_from_a_script_that_runs_torch(tmp_path):
                       "if __name__ == '__main__':\n"
                       "    import torch\n"
                       "    torch.ones(500, 500) @ torch.ones(500, 500)\n"
-                      "    print(generate(300, seed=0, contour_length=4, distractors=0, workers=2)[0].shape)\n")
+                      "    images, _ = generate(300, seed=0, contour_length=4, distractors=0,\n"
+                      "                         workers=2)\n"
+                      "    print(images.shape)\n")
     path = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); "
     code = path + f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -132,7 +151,8 @@ def test_path_x_and_easy_presets():
     images, labels = generate(2, size=128, seed=0, workers=1)
     assert images.shape == (2, 128, 128) and images.max() == 255
     for contour_length, distractors in (4, 0), (6, 2):
-        images, _ = generate(40, seed=0, contour_length=contour_length, distractors=distractors, workers=1)
+        images, _ = generate(40, seed=0, contour_length=contour_length, distractors=distractors,
+                             workers=1)
         assert (images.max((1, 2)) == 255).all()
     assert generate(0, seed=0)[0].shape == (0, 32, 32)
     assert Geometry(contour_length=4).distractor_length == 1
@@ -170,9 +190,13 @@ def release(tmp_path):
     return tmp_path, pictures, labels
 
 
+def read_released(root):
+    return [(read_png(path), label) for path, label in read_metadata(root)]
+
+
 def test_reads_the_release_in_numeric_order(release):
     root, pictures, labels = release
-    read = list(read_released(root))
+    read = read_released(root)
     assert [label for _, label in read] == list(labels)
     assert all((image == picture).all() for (image, _), picture in zip(read, pictures))
 
@@ -204,4 +228,4 @@ def test_wrong_layout_is_one_line(release, tmp_path):
 def test_pillow_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(DataError, match="pip install -r requirements-extra.txt"):
-        read_released("anywhere")
+        read_png("anywhere")

@@ -1,0 +1,130 @@
+"""Released archives, read as they are or from the folder that they were unpacked to.
+
+    release = Release(("aclImdb_v1.tar.gz", "80 MiB", "https://..."), "aclImdb", ("train", "test"))
+    for name, file in files(find(release, Path("data")), release):
+        print(name, len(file.read()))
+
+An archive is a tar, gzipped or not. It is read once, from front to back: nothing is unpacked, and
+no data set needs to fit into memory.
+"""
+import gzip
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from engine.options import DataError
+
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError)  # reading a broken archive
+LONGEST_LINE = 2**26  # bytes: a longer "line" is no line of a release, and would fill the memory
+
+
+@dataclass(frozen=True)
+class Release:
+    """What is published, and what of it is read."""
+    archive: tuple[str, str, str]  # name, size, home page
+    folder: str  # in the archive
+    parts: tuple[str, ...]  # files or folders that must be in it
+
+
+def find(release: Release, data_dir: Path) -> Path:
+    """The archive, or data_dir itself where the archive was unpacked into it.
+
+    Raises DataError: what to download, and where to put it.
+    """
+    name, size, home = release.archive
+    if inner_folder(data_dir, release):
+        return data_dir
+    if (data_dir / name).is_file():
+        return data_dir / name
+    raise DataError(f"download {name} ({size}) from {home} into {data_dir}, or give --source=PATH: "
+                    f"neither it nor an unpacked {release.folder} is there")
+
+
+def inner_folder(source: Path, release: Release) -> Path | None:
+    """The first folder, of the usual depths below source, that has any of the release's parts."""
+    inner = Path(release.folder).parts
+    # Long Range Arena's archive holds some folders twice: the inner copy comes first
+    depths = [("lra_release", "lra_release", *inner), ("lra_release", *inner)]
+    depths += [inner[i:] for i in range(len(inner) + 1)]
+    for depth in depths:
+        folder = source.joinpath(*depth)
+        if any((folder / part).exists() for part in release.parts):
+            return folder
+    return None
+
+
+def files(source: Path, release: Release) -> Iterator[tuple[str, BinaryIO]]:
+    """(name inside the release's folder, open file) of each file of its parts.
+
+    They come in the order of the parts (a folder) or of the archive. Raises DataError where a part
+    is missing, and DAMAGED.
+    """
+    seen = set()
+    reader = _folder_files if source.is_dir() else _archive_files
+    for name, file in reader(source, release):
+        seen.add(_part(name, release))
+        yield name, file
+        if name in release.parts and len(seen) == len(release.parts):
+            return  # all parts are files, and all were had: the rest of a large archive can wait
+    missing = [f"{release.folder}/{part}" for part in release.parts if part not in seen]
+    if missing:
+        name, size, home = release.archive
+        raise DataError(f"{source} lacks {', '.join(missing)}: it should hold what {name} holds "
+                        f"({size}, {home})")
+
+
+def _part(name: str, release: Release) -> str | None:
+    """The part that a file belongs to."""
+    return next((part for part in release.parts if f"{name}/".startswith(f"{part}/")), None)
+
+
+def _folder_files(source: Path, release: Release):
+    folder = inner_folder(source, release)
+    for part in release.parts if folder else ():
+        top = folder / part
+        for path in [top] if top.is_file() else sorted(top.rglob("*.*")):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    yield path.relative_to(folder).as_posix(), file
+
+
+def _archive_files(source: Path, release: Release):
+    with open(source, "rb") as raw:
+        gzipped = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        with (gzip.open(raw) if gzipped else raw as stream,
+              tarfile.open(fileobj=stream, mode="r|") as archive):
+            copy = None  # where the release's folder is: of several copies the first is taken
+            while member := archive.next():
+                # tarfile keeps every member: gigabytes for the millions of images of some releases
+                archive.members = []
+                before, found, name = f"/{member.name}".rpartition(f"/{release.folder}/")
+                wanted = found and member.isfile() and ".." not in name.split("/")
+                if wanted and copy in (None, before) and _part(name, release):
+                    copy = before
+                    yield name, archive.extractfile(member)
+            while stream.read(2**20):  # to the end, where gzip checks that the archive is complete
+                pass
+
+
+def lines(file: BinaryIO, name: str) -> Iterator[bytes]:
+    """Lines without their ends, LF or CRLF, one at a time. Raises DataError for an endless one."""
+    while line := file.readline(LONGEST_LINE + 1):
+        if len(line) > LONGEST_LINE:
+            raise DataError(f"{name} has a line longer than {LONGEST_LINE:,} bytes: it is not a "
+                            "file of this release")
+        yield line.rstrip(b"\r\n")
+
+
+def read_label(value, classes: int, where: str) -> int:
+    """A class as the releases write it: an integer, or the bytes 1 or 1.0. Raises DataError."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1
+    if number not in range(classes):
+        raise DataError(f"{where}: label {value!r} is not one of 0 to {classes - 1}")
+    return int(number)
