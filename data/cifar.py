@@ -19,8 +19,7 @@ from engine.options import DataError
 ARCHIVE = ("cifar-10-python.tar.gz", "163 MiB", "https://www.cs.toronto.edu/~kriz/cifar.html")
 RELEASE = Release(ARCHIVE, "cifar-10-batches-py",
                   (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"))
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer",
-           "dog", "frog", "horse", "ship", "truck")
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 # what loading a file that is no such pickle may raise
 WRONG = (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, MemoryError,
          OverflowError, TypeError, ValueError)

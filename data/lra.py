@@ -94,17 +94,16 @@ def _fill(work: Path, parameters: dict, folder: Path, source) -> dict:
     """Write the arrays into `work`, which becomes `folder`; -> what meta.json holds."""
     task = parameters["task"]
     spec = TASKS[task]
-    path = None
-    made = "generated"
-    what = "generating " + ", ".join(f"{k}={v}" for k, v in (parameters["generate"] or {}).items())
-    if not parameters["generate"]:
-        path = Path(source) if source else find(spec.release, folder.parent)
-        made = f"read from {path}"
-        what = f"reading {path}"
-    if path and not path.exists():
-        hint = " (leave the source out to generate)" if spec.generate else ""
-        raise DataError(f"{task}: there is no {path}{hint}")
-    print(f"preparing {task} in {folder}: {what}", flush=True)
+    if parameters["generate"]:
+        path = None
+        options = ", ".join(f"{name}={value}" for name, value in parameters["generate"].items())
+        print(f"preparing {task} in {folder}: generating {options}", flush=True)
+    else:
+        path = find(spec.release, folder.parent) if source is None else Path(source)
+        if not path.exists():
+            hint = " (leave the source out to generate)" if spec.generate else ""
+            raise DataError(f"{task}: there is no {path}{hint}")
+        print(f"preparing {task} in {folder}: reading {path}", flush=True)
     try:
         writers = _write(work, parameters, path)
     except DAMAGED as error:
@@ -112,15 +111,14 @@ def _fill(work: Path, parameters: dict, folder: Path, source) -> dict:
 
     splits = {split: Split(work, split) for split in SPLITS}
     train = splits["train"]
-    majority, root = {}, {}
-    for split in "val", "test":
-        labels = splits[split].labels
-        majority[split] = listops.majority_baseline(train.labels, labels)
-        if task == "listops":
-            root[split] = listops.root_baseline(train.arrays, splits[split].arrays)
+    baselines = {"majority": {split: listops.majority_baseline(train.labels, splits[split].labels)
+                              for split in ("val", "test")}}
+    if task == "listops":
+        baselines["root"] = {split: listops.root_baseline(train.arrays, splits[split].arrays)
+                             for split in ("val", "test")}
     meta = {**parameters, "classes": spec.classes, "vocab_size": spec.vocab_size,
-            "towers": spec.towers, "made": made,
-            "baselines": {"majority": majority, "root": root} if root else {"majority": majority},
+            "towers": spec.towers, "made": f"read from {path}" if path else "generated",
+            "baselines": baselines,
             "counts": {split: len(data) for split, data in splits.items()},
             "cut": {split: writer.cut for split, writer in writers.items()},
             "skipped": {split: writer.skipped for split, writer in writers.items()},
@@ -133,7 +131,8 @@ def _fill(work: Path, parameters: dict, folder: Path, source) -> dict:
 
 
 def _write(work: Path, parameters: dict, source: Path | None) -> dict:
-    task, scratch = parameters["task"], work / "scratch"
+    task = parameters["task"]
+    scratch = work / "scratch"
     writers = {}
     with ExitStack() as stack:
         for split in SPLITS:
