@@ -1,11 +1,12 @@
 """Released archives, read as they are or from the folder that they were unpacked to.
 
-    release = Release(("aclImdb_v1.tar.gz", "80 MiB", "https://..."), "aclImdb", ("train", "test"))
+    release = Release(("aclImdb_v1.tar.gz", "80 MiB", "https://..."), "aclImdb", ("test/",))
     for name, file in files(find(release, Path("data")), release):
         print(name, len(file.read()))
 
 An archive is a tar, gzipped or not. It is read once, from front to back: nothing is unpacked, and
-no data set needs to fit into memory.
+no data set needs to fit into memory. What file managers leave behind is never read: hidden files,
+such as macOS's ._* beside every file, and LEFT_BEHIND.
 """
 import gzip
 import tarfile
@@ -18,6 +19,7 @@ from typing import BinaryIO
 from engine.options import DataError
 
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError)  # reading a broken archive
+LEFT_BEHIND = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini")  # in any case
 LONGEST_LINE = 2**26  # bytes: a longer "line" is no line of a release, and would fill the memory
 
 
@@ -26,7 +28,7 @@ class Release:
     """What is published, and what of it is read."""
     archive: tuple[str, str, str]  # name, size, home page
     folder: str  # in the archive
-    parts: tuple[str, ...]  # files or folders that must be in it
+    parts: tuple[str, ...]  # files, and folders with a / at their end, that must be in it
 
 
 def find(release: Release, data_dir: Path) -> Path:
@@ -65,6 +67,8 @@ def files(source: Path, release: Release) -> Iterator[tuple[str, BinaryIO]]:
     seen = set()
     reader = _folder_files if source.is_dir() else _archive_files
     for name, file in reader(source, release):
+        if name in seen:  # a part that is a file
+            raise DataError(f"{source} holds {name} twice: it is not {release.archive[0]}")
         seen.add(_part(name, release))
         yield name, file
         if name in release.parts and len(seen) == len(release.parts):
@@ -77,18 +81,25 @@ def files(source: Path, release: Release) -> Iterator[tuple[str, BinaryIO]]:
 
 
 def _part(name: str, release: Release) -> str | None:
-    """The part that a file belongs to."""
-    return next((part for part in release.parts if f"{name}/".startswith(f"{part}/")), None)
+    """The part that a file belongs to; None for files that are not read."""
+    for word in name.split("/"):
+        if word.startswith(".") or word.lower() in LEFT_BEHIND:
+            return None
+    for part in release.parts:
+        if name == part or part.endswith("/") and name.startswith(part):
+            return part
+    return None
 
 
 def _folder_files(source: Path, release: Release):
     folder = inner_folder(source, release)
     for part in release.parts if folder else ():
-        top = folder / part
-        for path in [top] if top.is_file() else sorted(top.rglob("*.*")):
-            if path.is_file():
+        paths = sorted((folder / part).rglob("*")) if part.endswith("/") else [folder / part]
+        for path in paths:
+            name = path.relative_to(folder).as_posix()
+            if path.is_file() and _part(name, release):
                 with open(path, "rb") as file:
-                    yield path.relative_to(folder).as_posix(), file
+                    yield name, file
 
 
 def _archive_files(source: Path, release: Release):
@@ -103,7 +114,8 @@ def _archive_files(source: Path, release: Release):
                 archive.members = []
                 before, found, name = f"/{member.name}".rpartition(f"/{release.folder}/")
                 wanted = found and member.isfile() and ".." not in name.split("/")
-                if wanted and copy in (None, before) and _part(name, release):
+                wanted = wanted and _part(name, release) and "__macosx" not in before.lower()
+                if wanted and copy in (None, before):
                     copy = before
                     yield name, archive.extractfile(member)
             while stream.read(2**20):  # to the end, where gzip checks that the archive is complete

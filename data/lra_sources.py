@@ -3,6 +3,7 @@
 `samples` yields (split, label, sequence of bytes, ...) one after the other, so that no data set
 needs to fit into memory; data/lra.py stores what comes out. To add a task, add it to TASKS.
 """
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -111,23 +112,21 @@ def _read_listops(task, source, seed, scratch):
 
 
 def _read_text(task, source, seed, scratch):
-    release = TASKS[task].release
-    counts = dict.fromkeys(release.parts, 0)
-    reviews = {"train": [], "test": []}
-    for name, file in files(source, release):
-        if name.endswith(".txt"):
-            split, sentiment, _ = name.split("/", 2)
-            counts[f"{split}/{sentiment}"] += 1
-            reviews[split].append((name, int(sentiment == "pos"), file.read()))
-    for split in reviews:
-        positive, negative = counts[f"{split}/pos"], counts[f"{split}/neg"]
+    reviews = {}
+    for name, file in files(source, TASKS[task].release):
+        if re.fullmatch(r"(train|test)/(pos|neg)/\d+_\d+\.txt", name):
+            reviews[name] = int("/pos/" in name), file.read()
+    splits = {"train": [], "test": []}
+    for name in sorted(reviews):  # archive and folder have different orders
+        splits[name.split("/")[0]].append(reviews[name])
+    for split, samples in splits.items():
+        positive = sum(label for label, _ in samples)
+        negative = len(samples) - positive
         if positive != negative:  # the release is balanced: an interrupted unpacking is not
             raise DataError(f"{source}: {split} holds {positive:,} positive and {negative:,} "
                             "negative reviews, not as many of both: unpack the archive again")
-        reviews[split].sort()  # by name: archive and folder have different orders
-    train, test = ([sample for _, *sample in reviews[split]] for split in reviews)
-    yield from _hold_out(train, ("val",), seed)
-    for sample in test:
+    yield from _hold_out(splits["train"], ("val",), seed)
+    for sample in splits["test"]:
         yield "test", *sample
 
 
@@ -185,7 +184,8 @@ def read_metadata(root: Path) -> list[tuple[Path, int]]:
             raise DataError(f"no folder {root / part}: give the folder that holds imgs and "
                             "metadata, such as pathfinder32/curv_contour_length_14")
     # text, for all that the release calls it .npy; 2 comes before 10
-    tables = sorted((root / "metadata").glob("*.npy"), key=lambda path: (len(path.stem), path.stem))
+    tables = [path for path in (root / "metadata").glob("*.npy") if path.stem.isdigit()]
+    tables.sort(key=lambda path: (len(path.stem), path.stem))
     released = []
     for table in tables:
         for number, line in enumerate(table.read_text(errors="replace").splitlines(), 1):
@@ -260,7 +260,8 @@ TASKS = {
         _read_listops, _generate_listops, (96_000, 2_000, 2_000)),
     "text": Spec(
         2, 256, 4000,
-        Release(_IMDB, "aclImdb", ("train/neg", "train/pos", "test/neg", "test/pos")), _read_text),
+        Release(_IMDB, "aclImdb", ("train/neg/", "train/pos/", "test/neg/", "test/pos/")),
+        _read_text),
     "retrieval": Spec(
         2, 256, 4000,
         Release(_LRA, "tsv_data",
@@ -268,9 +269,9 @@ TASKS = {
         _read_retrieval, towers=2),
     "image": Spec(len(cifar.CLASSES), 256, 32**2, cifar.RELEASE, _read_image, pixels=32**2),
     "pathfinder": Spec(
-        2, 256, 32**2, Release(_LRA, f"pathfinder32/{_CONTOURS}", ("metadata", "imgs")),
+        2, 256, 32**2, Release(_LRA, f"pathfinder32/{_CONTOURS}", ("metadata/", "imgs/")),
         _read_pathfinder, _generate_pathfinder, (160_000, 20_000, 20_000), pixels=32**2),
     "pathx": Spec(
-        2, 256, 128**2, Release(_LRA, f"pathfinder128/{_CONTOURS}", ("metadata", "imgs")),
+        2, 256, 128**2, Release(_LRA, f"pathfinder128/{_CONTOURS}", ("metadata/", "imgs/")),
         _read_pathfinder, _generate_pathfinder, (160_000, 20_000, 20_000), pixels=128**2),
 }

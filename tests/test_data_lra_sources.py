@@ -1,9 +1,10 @@
-"""data/lra_sources.py, archives.py, cifar.py: each reader on a small archive of exactly the released
-form, made here, and the generated tasks, through prepare."""
+"""data/lra_sources.py, archives.py, cifar.py: each reader on a small archive of exactly the
+released form, made here, and the generated tasks, through prepare."""
 import io
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -228,8 +229,8 @@ def test_image(tmp_path):
     assert [len(result[split]) for split in SPLITS] == [18, 2, 4]
 
     def grey(image):  # in whole thousandths, pixel by pixel
-        planes = image[:1024], image[1024:2048], image[2048:]
-        return bytes((299 * int(r) + 587 * int(g) + 114 * int(b)) // 1000 for r, g, b in zip(*planes))
+        planes = image[:1024].tolist(), image[1024:2048].tolist(), image[2048:].tolist()
+        return bytes((299 * r + 587 * g + 114 * b) // 1000 for r, g, b in zip(*planes))
 
     def samples(batch):
         return [(label, grey(image)) for image, label in zip(images[batch], labels[batch])]
@@ -335,3 +336,38 @@ def test_pathfinder_generated(tmp_path, monkeypatch):
     assert x.shape == (1, 128**2) and mask.all()
     with pytest.raises(DataError, match="no option seed=3; take .*contour_length"):
         prepare("pathfinder", tmp_path, generate=dict(seed=3))
+
+
+# Every task
+
+
+RELEASES = {"listops": listops_files, "text": imdb_files, "retrieval": retrieval_files,
+            "image": lambda: cifar()[2], "pathfinder": lambda: pathfinder_files()[0]}
+
+
+@pytest.mark.parametrize("task", RELEASES)
+def test_what_file_managers_leave_behind_is_never_read(task, tmp_path):
+    files = RELEASES[task]()
+    left = {}
+    for name, content in files.items():
+        folder, _, file = name.rpartition("/")
+        left[f"{folder}/._{file}"] = left[f"{folder}/.hidden/{file}"] = b"\0\5\26\7" + content
+        left[f"__MACOSX/{folder}/._{file}"] = left[f"__MACOSX/{name}"] = b"\0\5\26\7"
+        left[f"{folder}/Thumbs.db"] = left[f"{folder}/.DS_Store"] = b"\0\0\0\1Bud1"
+        stem, dot, suffix = file.partition(".")
+        left[f"{folder}/{stem} copy{dot}{suffix}"] = left[f"{folder}/{file}~"] = content
+    clean = stored(prepare(task, tmp_path / "data", source=archive(tmp_path / "clean.tar", files)))
+    touched = {**left, **files}
+    for source in (archive(tmp_path / "touched.tar.gz", touched),
+                   unpack(tmp_path / "touched", touched)):
+        assert stored(prepare(task, tmp_path / "data", source=source)) == clean
+
+
+def test_a_file_that_is_there_twice(tmp_path):
+    with tarfile.open(tmp_path / "twice.tar", "w") as tar:
+        for name, content in [*listops_files().items()][:1] * 2:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(DataError, match="holds basic_train.tsv twice"):
+        prepare("listops", tmp_path / "data", source=tmp_path / "twice.tar")
