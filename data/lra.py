@@ -100,9 +100,9 @@ def _fill(work: Path, parameters: dict, folder: Path, source) -> dict:
         print(f"preparing {task} in {folder}: generating {options}", flush=True)
     else:
         path = find(spec.release, folder.parent) if source is None else Path(source)
-        if not path.exists():
+        if not path.is_file() and not path.is_dir():  # a pipe would wait for its writer
             hint = " (leave the source out to generate)" if spec.generate else ""
-            raise DataError(f"{task}: there is no {path}{hint}")
+            raise DataError(f"{task}: there is no {path} that is a file or a folder{hint}")
         print(f"preparing {task} in {folder}: reading {path}", flush=True)
     try:
         writers = _write(work, parameters, path)

@@ -166,25 +166,22 @@ def _read_pathfinder(task, source, seed, scratch):
             with open(root / name, "wb") as out:
                 shutil.copyfileobj(file, out)
     for split, path, label in _hold_out(read_metadata(root), ("val", "test"), seed):
-        image = read_png(path)
-        if image is not None and image.size != spec.pixels:
-            raise DataError(f"{path} has {image.size} pixels, expected {spec.pixels}: "
-                            f"this is not the release of {task}")
-        yield split, label, b"" if image is None else image.tobytes()
+        yield split, label, read_png(path, spec.pixels)
 
 
 def read_metadata(root: Path) -> list[tuple[Path, int]]:
     """(PNG file, label) of each sample of a released Pathfinder folder, in its metadata's order.
 
-    root: the folder that holds imgs and metadata. Raises DataError where its layout or a label is
-    wrong.
+    root: the folder that holds imgs and metadata. Raises DataError where its layout, a label or
+    the name of a file is wrong.
     """
     for part in "metadata", "imgs":
         if not (root / part).is_dir():
             raise DataError(f"no folder {root / part}: give the folder that holds imgs and "
                             "metadata, such as pathfinder32/curv_contour_length_14")
     # text, for all that the release calls it .npy; 2 comes before 10
-    tables = [path for path in (root / "metadata").glob("*.npy") if path.stem.isdigit()]
+    tables = [path for path in (root / "metadata").glob("*.npy")
+              if path.stem.isdigit() and path.is_file()]
     tables.sort(key=lambda path: (len(path.stem), path.stem))
     released = []
     for table in tables:
@@ -194,22 +191,34 @@ def read_metadata(root: Path) -> list[tuple[Path, int]]:
                 raise DataError(f"{table}, line {number}: expected folder, file, index and a label "
                                 f"0 or 1, got {line[:60]!r}; take the plain-text metadata of the "
                                 "release")
-            released.append((root / columns[0] / columns[1], int(columns[3])))
+            name = Path(*columns[:2])
+            if name.is_absolute() or ".." in name.parts:
+                raise DataError(f"{table}, line {number}: {str(name)[:60]!r} is outside {root}: "
+                                "take the metadata of the release")
+            released.append((root / name, int(columns[3])))
     if not released:
         raise DataError(f"no samples in {root / 'metadata'}: unpack the release again")
     return released
 
 
-def read_png(path: Path) -> np.ndarray | None:
-    """(height, width) uint8, grey; None where the file is missing, empty or broken.
+def read_png(path: Path, pixels: int) -> bytes:
+    """An image's grey levels; b"" where the file is missing, empty or broken, as one released is.
 
-    One released file is. Raises DataError where pillow is not installed.
+    Raises DataError where the image has not that many pixels of 8 bits, or pillow is missing.
     """
+    pillow = _pillow()
+    if not path.is_file():  # a pipe would wait for its writer
+        return b""
     try:
-        with _pillow().open(path) as image:
-            return np.array(image.convert("L"))
-    except (OSError, SyntaxError, ValueError, zlib.error):  # pillow, for a damaged PNG
-        return None
+        with pillow.open(path, formats=["PNG"]) as image:
+            if image.width * image.height == pixels and image.mode[0] not in "IF":
+                return image.convert("L").tobytes()
+            found = f"{image.width} x {image.height} pixels, mode {image.mode}"
+    # what pillow raises for a damaged PNG, or one of billions of pixels
+    except (OSError, SyntaxError, ValueError, zlib.error, pillow.DecompressionBombError):
+        return b""
+    raise DataError(f"{path} has {found}, expected {pixels} pixels of 8 bits: take the release of "
+                    "this task")
 
 
 def _pillow():

@@ -120,6 +120,18 @@ def test_listops_missing_file_header_and_source(tmp_path):
         prepare("listops", tmp_path, source=tmp_path / "nowhere")
 
 
+def test_pipes_are_not_waited_for(tmp_path):
+    files = listops_files("")
+    del files["listops-1000/basic_test.tsv"]
+    unpack(tmp_path, files)
+    os.mkfifo(tmp_path / "listops-1000/basic_test.tsv")
+    with pytest.raises(DataError, match="lacks listops-1000/basic_test.tsv"):
+        prepare("listops", tmp_path / "data", source=tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="there is no .*pipe that is a file or a folder"):
+        prepare("listops", tmp_path / "data", source=tmp_path / "pipe")
+
+
 # IMDb as released
 
 
@@ -315,7 +327,7 @@ def test_pathfinder_of_another_size(tmp_path):
     files, _ = pathfinder_files(size=16)
     files = {name.replace("pathfinder16", "pathfinder32"): content
              for name, content in files.items()}
-    with pytest.raises(DataError, match="256 pixels, expected 1024"):
+    with pytest.raises(DataError, match="16 x 16 pixels, mode L, expected 1024"):
         prepare("pathfinder", tmp_path, source=unpack(tmp_path, files))
     with pytest.raises(DataError, match="lacks pathfinder128/curv_contour_length_14/metadata"):
         prepare("pathx", tmp_path, source=archive(tmp_path / "lra_release.gz", files))

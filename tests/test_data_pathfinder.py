@@ -1,9 +1,12 @@
 """data/pathfinder.py, paddles.py: what is drawn, that the label tells nothing but the answer, and
 the reader of released files."""
 
+import os
 import random
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -191,17 +194,17 @@ def release(tmp_path):
 
 
 def read_released(root):
-    return [(read_png(path), label) for path, label in read_metadata(root)]
+    return [(read_png(path, 32**2), label) for path, label in read_metadata(root)]
 
 
 def test_reads_the_release_in_numeric_order(release):
     root, pictures, labels = release
     read = read_released(root)
     assert [label for _, label in read] == list(labels)
-    assert all((image == picture).all() for (image, _), picture in zip(read, pictures))
+    assert [image for image, _ in read] == [picture.tobytes() for picture in pictures]
 
 
-def test_damaged_images_give_none(release):
+def test_damaged_images_are_empty(release):
     root, pictures, _ = release
     files = sorted(root.glob("imgs/*/*.png"), key=lambda path: path.name)
     content = files[1].read_bytes()
@@ -209,7 +212,10 @@ def test_damaged_images_give_none(release):
     files[1].write_bytes(content[:len(content) // 2])
     files[2].write_bytes(content[:60] + b"????" + content[64:])
     files[3].unlink()
-    assert [image is None for image, _ in read_released(root)] == [True] * 4 + [False]
+    assert [image == b"" for image, _ in read_released(root)] == [True] * 4 + [False]
+    os.mkfifo(files[3])  # a pipe is not waited for
+    os.mkfifo(root / "metadata" / "3.npy")
+    assert [image == b"" for image, _ in read_released(root)] == [True] * 4 + [False]
 
 
 def test_wrong_layout_is_one_line(release, tmp_path):
@@ -225,7 +231,35 @@ def test_wrong_layout_is_one_line(release, tmp_path):
         read_released(tmp_path / "imgs")
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../outside.png", "imgs/../../outside.png"])
+def test_metadata_that_points_outside_is_refused(release, name):
+    root, _, _ = release
+    folder, _, file = name.rpartition("/")
+    (root / "metadata" / "2.npy").write_text(f"{folder or '/'} {file} 0 1\n")
+    with pytest.raises(DataError, match=f"2.npy, line 1: '{name}' is outside {root}"):
+        read_metadata(root)
+
+
+def test_images_of_another_kind_are_refused(release):
+    root, pictures, _ = release
+    from PIL import Image
+    path = root / "image.png"
+    Image.fromarray(pictures[0]).convert("RGBA").save(path)
+    assert read_png(path, 32**2) == pictures[0].tobytes()
+    with pytest.raises(DataError, match="image.png has 32 x 32 pixels, mode RGBA, expected 256"):
+        read_png(path, 16**2)
+    Image.fromarray(pictures[0].astype(np.uint16) * 257).save(path)  # convert("L") whitens these
+    with pytest.raises(DataError, match="mode I;16, expected 1024 pixels of 8 bits"):
+        read_png(path, 32**2)
+    Image.fromarray(pictures[0]).save(path, "bmp")  # by name a PNG
+    assert read_png(path, 32**2) == b""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 10**5, 10**5, 8, 0, 0, 0, 0)  # 10 GB of pixels
+    checked = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + checked)
+    assert read_png(path, 32**2) == b""
+
+
 def test_pillow_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(DataError, match="pip install -r requirements-extra.txt"):
-        read_png("anywhere")
+        read_png(Path("anywhere"), 32**2)
