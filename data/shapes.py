@@ -1,65 +1,81 @@
-"""Generated images for classification, detection and instance segmentation: textured shapes that overlap on a textured ground.
+"""Generated images for classification, detection and segmentation: textured shapes that overlap.
 
     python data/shapes.py --out=shapes.png       # a sheet of samples
 
-A sample is a pure function of (seed, index). Its 1 to `max_objects` shapes differ in class, size, rotation, colours and texture, are
-painted one over another, and keep at least VISIBLE of their area; masks and boxes are those of the visible part, as annotators draw
-them. Shapes are brighter than the ground and turned little, which a small model needs to learn them in the minutes of a default run;
-no colour and no texture tells a class.
+A sample is a pure function of (seed, index). Its 1 to `max_objects` shapes differ in class, size,
+rotation, colours and texture. They are painted one over another, and each keeps at least VISIBLE of
+its area; masks and boxes are those of the visible part, as annotators draw them. Shapes are
+brighter than the ground and turned little, which a small model needs to learn them in the minutes
+of a default run. No colour and no texture tells a class.
 """
 import argparse
 import sys
-from pathlib import Path
 
 import numpy as np
 
 CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
 VISIBLE = 0.5  # least share of a shape's area that later shapes leave
-BRIGHT = 130  # least mean of a shape's colour, in grey levels; the ground has at most DARK, but for its gradient and texture
-DARK = 70
+BRIGHT = 130  # least mean of a shape's colour, in grey levels
+DARK = 70  # most grey of the ground, before its gradient and texture
 TURN = np.pi / 8  # most rotation, either way
 NOISE = 6  # grey levels, uniform, on every pixel
 
 
-def sample(seed: int, index: int, size: int = 64, max_objects: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """-> image (size, size, 3) uint8; labels (n,) int64 into CLASSES; masks (n, size, size) bool, disjoint and not empty; n >= 1."""
+def sample(seed: int, index: int, size: int = 64, max_objects: int = 3) -> tuple[np.ndarray, ...]:
+    """-> image, labels, masks of n >= 1 shapes.
+
+    image: (size, size, 3) uint8. labels: (n,) int64 into CLASSES. masks: (n, size, size) bool,
+    disjoint, none empty.
+    """
     rng = np.random.default_rng([seed, index])
     y, x = np.mgrid[:size, :size].astype(np.float32)
-    ground = rng.uniform(20, DARK) + rng.uniform(-15, 15, 3).astype(np.float32)
-    slope = rng.uniform(-30, 30, (2, 1, 1)).astype(np.float32) / size
-    ramp = np.arange(size, dtype=np.float32) - np.float32(size / 2)
-    image = (ground[:, None] + slope[0] * ramp)[:, None, :] + (slope[1] * ramp)[:, :, None]  # (3, size, size)
-    if rng.random() < 0.5:
-        image += np.float32(rng.uniform(-25, 25)) * _texture(rng, x, y, size)
+    image = _ground(rng, x, y)  # (3, size, size) float32
     labels, masks, areas = [], [], []
     wanted = rng.integers(1, max_objects + 1)
-    for _ in range(3 * max_objects):  # attempts: a crowded image may end up with fewer
+    for _ in range(3 * max_objects):  # attempts: a crowded image may end up with fewer shapes
         if len(labels) == wanted:
             break
         radius = size * rng.uniform(0.18, 0.32)
-        centre = rng.uniform(0.8 * radius, size - 0.8 * radius, 2)  # may stick out of the image a little
-        turn, label = rng.uniform(-TURN, TURN), int(rng.integers(len(CLASSES)))
-        low, high = np.maximum(centre - 1.2 * radius, 0).astype(int), np.minimum(centre + 1.2 * radius + 1, size).astype(int)
+        centre = rng.uniform(0.8 * radius, size - 0.8 * radius, 2)  # may stick out a little
+        turn = rng.uniform(-TURN, TURN)
+        label = int(rng.integers(len(CLASSES)))
+        low = np.maximum(centre - 1.2 * radius, 0).astype(int)
+        high = np.minimum(centre + 1.2 * radius + 1, size).astype(int)
         window = np.s_[low[1]:high[1], low[0]:high[0]]  # all of the shape is in it
-        right, down = (x[window] - np.float32(centre[0])) / np.float32(radius), (y[window] - np.float32(centre[1])) / np.float32(radius)
+        # The shape's own coordinates: from its centre, in units of its radius, turned with it.
+        right = (x[window] - np.float32(centre[0])) / np.float32(radius)
+        down = (y[window] - np.float32(centre[1])) / np.float32(radius)
         cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
         u, v = right * cos + down * sin, down * cos - right * sin
         inside = _inside(CLASSES[label], u, v)
-        left = [m[window] & ~inside for m in masks]
-        lost = [np.count_nonzero(m[window]) - np.count_nonzero(rest) for m, rest in zip(masks, left)]
-        if not inside.any() or any(np.count_nonzero(m) - n < VISIBLE * area for m, n, area in zip(masks, lost, areas)):
+        seen = [np.count_nonzero(m) - np.count_nonzero(m[window] & inside) for m in masks]
+        if not inside.any() or any(n < VISIBLE * area for n, area in zip(seen, areas)):
             continue
-        for m, rest in zip(masks, left):
-            m[window] = rest
+        for m in masks:
+            m[window] &= ~inside
         labels.append(label)
+        areas.append(np.count_nonzero(inside))
         masks.append(np.zeros((size, size), bool))
         masks[-1][window] = inside
-        areas.append(np.count_nonzero(inside))
         light = _colour(rng)[:, None]
-        spot = image[:, *window]
-        spot[:, inside] = np.where(_texture(rng, u, v, 2)[inside], light, np.float32(rng.uniform(0.8, 0.95)) * light)
+        pattern = _texture(rng, u, v, 2)[inside]
+        dim = np.float32(rng.uniform(0.8, 0.95)) * light
+        image[:, *window][:, inside] = np.where(pattern, light, dim)
     image += np.float32(2 * NOISE) * (rng.random(image.shape, np.float32) - np.float32(0.5))
-    return image.clip(0, 255, out=image).astype(np.uint8).transpose(1, 2, 0), np.array(labels), np.stack(masks)
+    pixels = image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+    return pixels, np.array(labels), np.stack(masks)
+
+
+def _ground(rng, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A dark colour with a gradient, half the time with a texture too: (3, size, size) float32."""
+    size = len(x)
+    colour = rng.uniform(20, DARK) + rng.uniform(-15, 15, 3).astype(np.float32)
+    slope = rng.uniform(-30, 30, (2, 1, 1)).astype(np.float32) / size
+    ramp = np.arange(size, dtype=np.float32) - np.float32(size / 2)
+    image = (colour[:, None] + slope[0] * ramp)[:, None, :] + (slope[1] * ramp)[:, :, None]
+    if rng.random() < 0.5:
+        image += np.float32(rng.uniform(-25, 25)) * _texture(rng, x, y, size)
+    return image
 
 
 def _colour(rng) -> np.ndarray:
@@ -70,8 +86,9 @@ def _colour(rng) -> np.ndarray:
 
 
 def _texture(rng, u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
-    """A bool pattern over coordinates u, v: plain, stripes, checks or dots, two to four periods in `period`."""
-    kind, k = rng.integers(4), np.float32(2 * np.pi * rng.uniform(2, 4) / period)
+    """A bool pattern over u, v: plain, stripes, checks or dots, 2 to 4 periods in `period`."""
+    kind = rng.integers(4)
+    k = np.float32(2 * np.pi * rng.uniform(2, 4) / period)
     if kind == 0:
         return np.zeros(u.shape, bool)
     if kind == 1:
@@ -82,7 +99,10 @@ def _texture(rng, u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
 
 
 def _inside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Where (u, v), in units of the radius, is inside the shape. The areas differ by less than a factor of two."""
+    """Where (u, v), in units of the radius, is inside the shape.
+
+    The areas differ by less than a factor of two.
+    """
     if name == "circle":
         return u * u + v * v < 0.75
     if name == "square":
@@ -93,22 +113,23 @@ def _inside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         return abs(u * u + v * v - 0.64) < 0.36
     if name == "cross":
         return (np.minimum(abs(u), abs(v)) < 0.28) & (np.maximum(abs(u), abs(v)) < 1)
-    angle = np.arctan2(u, v) * np.float32(5 / (2 * np.pi))  # star: five arms, an edge from each tip to the notch beside it
-    off = 2 * abs(angle - np.round(angle))
-    return np.hypot(u, v) * (1 + 1.2 * off) < 1.1
+    # A star has five arms, with an edge from each tip (away = 0) to the notch beside it (away = 1).
+    angle = np.arctan2(u, v) * np.float32(5 / (2 * np.pi))
+    away = 2 * abs(angle - np.round(angle))
+    return np.hypot(u, v) * (1 + 1.2 * away) < 1.1
 
 
 def main():
     parser = argparse.ArgumentParser(description="Draw a sheet of generated images.")
     parser.add_argument("--out", default="shapes.png", help="PNG to write (default: shapes.png)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    path = parser.parse_args().out
     try:
         from PIL import Image
     except ImportError:
         sys.exit("drawing needs pillow: pip install -r requirements-extra.txt")
-    rows = [np.concatenate([sample(options.seed, 8 * row + column)[0] for column in range(8)], 1) for row in range(6)]
-    Image.fromarray(np.concatenate(rows)).resize((1024, 768), Image.Resampling.NEAREST).save(Path(options.out))
+    images = [sample(0, i)[0] for i in range(48)]
+    rows = [np.concatenate(images[i:i + 8], axis=1) for i in range(0, 48, 8)]
+    Image.fromarray(np.concatenate(rows)).resize((1024, 768), Image.Resampling.NEAREST).save(path)
 
 
 if __name__ == "__main__":
