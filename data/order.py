@@ -29,3 +29,9 @@ class Shuffled:
         rng = np.random.default_rng([seed, epoch])
         offset = rng.integers(self.stride)  # takes nothing from rng where stride is 1
         return offset + self.stride * rng.permutation(self.n)
+
+
+def spread(n: int, size: int) -> np.ndarray:
+    """At most n of `size` samples, evenly spread from the first on: always the same, int64."""
+    n = min(n, size)
+    return np.arange(n) * size // n
