@@ -1,4 +1,4 @@
-"""The generated images: reproducible, within their stated bounds, with masks of what is seen; no colour tells a class."""
+"""The generated images: reproducible, within their bounds, with masks of what is seen."""
 import numpy as np
 import pytest
 
@@ -22,7 +22,8 @@ def test_forms_and_bounds(size, most):
         image, labels, masks = shapes.sample(1, i, size, most)
         assert image.shape == (size, size, 3) and image.dtype == np.uint8
         assert masks.shape == (len(labels), size, size) and masks.dtype == bool
-        assert masks.any(axis=(1, 2)).all() and masks.sum(axis=0).max() == 1  # what is seen of each: nothing twice
+        # What is seen of each: nothing twice.
+        assert masks.any(axis=(1, 2)).all() and masks.sum(axis=0).max() == 1
         assert labels.dtype == np.int64 and set(labels) <= set(range(len(shapes.CLASSES)))
         counts.add(len(labels))
     assert max(counts) <= most and {1, 2} <= counts
@@ -43,7 +44,7 @@ def test_masks_are_the_shapes():
         ring[max(y.min() - 2, 0):y.max() + 3, max(x.min() - 2, 0):x.max() + 3] = True
         ring &= ~mask
         return np.linalg.norm(image[mask].mean(axis=0) - image[ring].mean(axis=0))
-    alone = [(image.astype(float), masks[0]) for image, labels, masks in SAMPLES if len(labels) == 1]
+    alone = [(image.astype(float), masks[0]) for image, _, masks in SAMPLES if len(masks) == 1]
     true = np.median([contrast(*sample) for sample in alone])
     moved = np.median([contrast(image, np.roll(mask, 32, axis=(0, 1))) for image, mask in alone])
     assert true > 150 and moved < 40
@@ -55,11 +56,12 @@ def test_areas_of_the_classes_are_alike():
     areas = [shapes._inside(name, x, y).mean() for name in shapes.CLASSES]
     assert max(areas) < 2 * min(areas)
     for name in shapes.CLASSES:
-        assert not shapes._inside(name, x, y)[np.hypot(x, y) > 1.2].any()  # the window that is painted holds all of it
+        # The window that is painted holds all of it.
+        assert not shapes._inside(name, x, y)[np.hypot(x, y) > 1.2].any()
 
 
 def test_colours_do_not_tell_the_class():
-    means = np.array([image[mask].mean(axis=0) for image, labels, masks in SAMPLES for mask in masks])
+    means = np.array([image[mask].mean(axis=0) for image, _, masks in SAMPLES for mask in masks])
     labels = np.concatenate([labels for _, labels, _ in SAMPLES])
     for k in range(len(shapes.CLASSES)):
         difference = means[labels == k].mean(axis=0) - means[labels != k].mean(axis=0)

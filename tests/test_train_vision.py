@@ -1,4 +1,4 @@
-"""train_vision.py: exact resume, the preconditioner in all three models, perfect outputs score 100, drawings, mistakes."""
+"""train_vision.py: exact resume, the preconditioner in all three models, evaluation, mistakes."""
 import copy
 import json
 import os
@@ -13,22 +13,23 @@ EXTRA = "pip install -r requirements-extra.txt"
 for package in ("transformers", "scipy", "pycocotools", "PIL"):
     pytest.importorskip(package, reason=EXTRA)
 
-from engine import checkpoint  # noqa: E402
-from engine import options  # noqa: E402
 import precond  # noqa: E402
 import train_vision  # noqa: E402
-from engine import trainer  # noqa: E402
-from vision import models as vision  # noqa: E402
-from conftest import ROOT, error, read_metrics, torchrun  # noqa: E402
+from conftest import error, read_metrics, torchrun  # noqa: E402
 from data import coco  # noqa: E402
 from data.images import make_truth  # noqa: E402
+from engine import checkpoint, options, trainer  # noqa: E402
 from engine.device import Compute  # noqa: E402
+from vision import models as vision  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of pycocotools with numpy 2
+# From pycocotools with numpy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 TASKS = vision.TASKS
-TINY = ("--image_size=32 --n_layer=2 --n_head=2 --n_embd=16 --batch_size=4 --queries=6 --query_blocks=1 --upscale_blocks=1 "
-        "--mask_points=32 --n_val=8 --eval_iters=2 --device=cpu").split()
-RUN = [*TINY, "--max_iters=6", "--eval_interval=2", "--log_interval=1", "--dropout=0.1", "--precond=True"]
+TINY = ("--image_size=32 --n_layer=2 --n_head=2 --n_embd=16 --batch_size=4 --queries=6 "
+        "--query_blocks=1 --upscale_blocks=1 --mask_points=32 --n_val=8 --eval_iters=2 "
+        "--device=cpu").split()
+RUN = [*TINY, "--max_iters=6", "--eval_interval=2", "--log_interval=1", "--dropout=0.1",
+       "--precond=True"]
 
 
 def configure(task, *more):
@@ -67,8 +68,10 @@ def test_a_stopped_run_resumes_bit_for_bit(task, tmp_path, call, monkeypatch):
 
     code, out, _ = call(train_vision, "--eval_only", "--show=2", f"--out_dir={whole}")
     best = checkpoint.read(whole / "best.pt")["best"]
-    assert best["step"] == max(r["step"] for r in read_metrics(whole) if r.get(best["metric"]) == best["value"])  # of equals the last
-    assert code == 0 and f"step {best['step']}: " in out and f"{best['metric']} {best['value']:.4f}" in out
+    as_good = [r["step"] for r in read_metrics(whole) if r.get(best["metric"]) == best["value"]]
+    assert best["step"] == as_good[-1]
+    assert code == 0 and f"step {best['step']}: " in out
+    assert f"{best['metric']} {best['value']:.4f}" in out
     from PIL import Image
     with Image.open(whole / "val_1.png") as picture:
         assert picture.size == ((384, 410) if task == "classify" else (776, 410))
@@ -79,7 +82,8 @@ def test_the_preconditioner_reaches_every_attention(task):
     task_on, on = build(task, "--precond=True")
     _, off = build(task)
     a, b = on.state_dict(), off.state_dict()
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)  # runs with and without pair exactly
+    # Runs with and without pair exactly.
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     images, *targets = task_on.batch(0, 4)
     assert precond.check(on, images, *targets) == 2
     with precond.record() as calls:
@@ -94,10 +98,13 @@ def test_the_preconditioner_reaches_every_attention(task):
     half = build(task, "--precond=True", "--precond_power=0.5", "--precond_grad=True")[1]
     with precond.record() as calls:
         half(images)
-    torch.testing.assert_close(calls[0][1], calls[0][0] / calls[0][0].norm(dim=-1, keepdim=True).sqrt(), atol=1e-5, rtol=1e-5)
+    before, after = calls[0]
+    expected = before / before.norm(dim=-1, keepdim=True).sqrt()
+    torch.testing.assert_close(after, expected, atol=1e-5, rtol=1e-5)
     flow = build(task, "--precond=True", "--precond_grad=True")[1]
     gradients = []
-    for model in (on, flow):  # models with other options in the same process do not change those of the first
+    # Models with other options in the same process do not change those of the first.
+    for model in (on, flow):
         model.zero_grad()
         torch.manual_seed(0)
         outputs, loss = model(images, *targets)
@@ -125,14 +132,16 @@ def test_padding_and_order_of_objects_do_not_change_the_loss(task):
         for t in wide:
             t[row, :n] = t[row, :n].flip(0)
     torch.manual_seed(0)
-    torch.testing.assert_close(model(images, counts, *wide)[1], loss, atol=0, rtol=1e-3 if task == "segment" else 1e-5)
+    tolerance = 1e-3 if task == "segment" else 1e-5
+    torch.testing.assert_close(model(images, counts, *wide)[1], loss, atol=0, rtol=tolerance)
     torch.manual_seed(0)
-    assert counts.max() > 1 and abs(model(images, counts.clamp(max=1), labels, objects)[1] - loss) > 0.02 * loss
+    fewer = model(images, counts.clamp(max=1), labels, objects)[1]
+    assert counts.max() > 1 and abs(fewer - loss) > 0.02 * loss
 
 
 @pytest.mark.parametrize("task", ["detect", "segment"])
 def test_perfect_outputs_have_an_average_precision_of_100(task):
-    """Truth turned into outputs of a network and back, also for records of another size than the images."""
+    """Truth turned into outputs of a network and back, also for records of another size."""
     data, _ = build(task, "--image_size=64")
     images, counts, labels, objects = data.data.val.batch(range(8))
     logits = torch.full((8, 6, 7), -20.0)
@@ -145,19 +154,23 @@ def test_perfect_outputs_have_an_average_precision_of_100(task):
     truth = copy.deepcopy(data.data.truth)
     kind = "bbox" if task == "detect" else "segm"
     found = vision.detections(task, (logits, other), truth["images"])
-    assert coco.average_precision(truth, found, kind) == pytest.approx({"ap": 100, "ap50": 100, "ap75": 100})
-    assert coco.average_precision(truth, [d for d in found if d["image_id"] % 2], kind)["ap"] < 80
+    perfect = {"ap": 100, "ap50": 100, "ap75": 100}
+    assert coco.average_precision(truth, found, kind) == pytest.approx(perfect)
+    half = [d for d in found if d["image_id"] % 2]
+    assert coco.average_precision(truth, half, kind)["ap"] < 80
     wrong = vision.detections(task, (logits.roll(1, dims=2), other), truth["images"])
     assert coco.average_precision(truth, wrong, kind)["ap50"] < 20
 
     stretched = []
-    for i, image in enumerate(truth["images"]):  # the same objects in an image of twice the width and three times the height
+    # The same objects in an image of twice the width and three times the height.
+    for i in range(len(truth["images"])):
         annotations = []
         for a in truth["annotations"]:
             if a["image_id"] == i:
                 mask = coco.rle.decode(a["segmentation"]).repeat(3, 0).repeat(2, 1)
-                annotations.append({k: v for k, v in a.items() if k not in ("id", "image_id")} | {
-                    "bbox": (np.array(a["bbox"]) * [2, 3, 2, 3]).tolist(), "segmentation": coco.encode(mask[None])[0]})
+                annotations.append({k: v for k, v in a.items() if k not in ("id", "image_id")})
+                annotations[-1]["bbox"] = (np.array(a["bbox"]) * [2, 3, 2, 3]).tolist()
+                annotations[-1]["segmentation"], = coco.encode(mask[None])
         stretched.append({"image": {"width": 128, "height": 192}, "annotations": annotations})
     truth = make_truth(stretched, data.data.classes)
     found = vision.detections(task, (logits, other), truth["images"])
@@ -176,12 +189,13 @@ def test_evaluation_is_the_same_each_time_and_leaves_the_random_numbers_alone():
 
 def test_bfloat16(tmp_path, call):
     for task in TASKS:
-        code, _, err = call(train_vision, task, *TINY, "--dtype=bfloat16", "--max_iters=1", f"--out_dir={tmp_path / task}")
+        code, _, err = call(train_vision, task, *TINY, "--dtype=bfloat16", "--max_iters=1",
+                            f"--out_dir={tmp_path / task}")
         assert code == 0, err
 
 
 def test_two_processes(tmp_path, call):
-    """They see the images of one, evaluate to the same numbers, and every parameter gets a gradient."""
+    """They see the images of one and evaluate to its numbers; every parameter gets a gradient."""
     arguments = ["detect", *TINY, "--max_iters=1", "--precond=True"]
     torchrun(2, "train_vision.py", *arguments, f"--out_dir={tmp_path / 'two'}")
     assert call(train_vision, *arguments, f"--out_dir={tmp_path / 'one'}")[0] == 0
@@ -193,13 +207,14 @@ def test_two_processes(tmp_path, call):
 
 def test_a_process_without_a_batch_to_evaluate_does_not_stop_the_other(tmp_path):
     """EoMT has buffers, of which DDP must not wait for a broadcast."""
-    torchrun(2, "train_vision.py", "segment", *TINY, "--eval_iters=1", "--max_iters=1", f"--out_dir={tmp_path}")
+    torchrun(2, "train_vision.py", "segment", *TINY, "--eval_iters=1", "--max_iters=1",
+             f"--out_dir={tmp_path}")
     assert read_metrics(tmp_path)[-1]["step"] == 1
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_small_model_learns_a_few_images(task):
-    """Trained on the images that it is evaluated on: targets, loss and evaluation speak of the same things."""
+    """Trained on the evaluated images: targets, loss and evaluation speak of the same things."""
     data, model = build(task, "--precond=True", "--precond_grad=True")
     batch = data.data.val.batch(range(8))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
@@ -215,14 +230,15 @@ def test_a_small_model_learns_a_few_images(task):
         assert after["val_accuracy"] == 1
     else:
         assert after["val_ap50"] > 40 > 10 > before["val_ap50"]
-    print(after)
 
 
 def test_presets_are_complete():
     for task in TASKS:
-        config = options.parse(train_vision.Config, train_vision.preset_of_task([task]), "")[0]
+        preset = train_vision.preset_of_task([task])
+        config = options.parse(train_vision.Config, preset, "")[0]
         assert config.task == task and config.out_dir == f"out-vision-{task}"
-    assert options.parse(train_vision.Config, ["config/vision_detect.toml"], "")[0] == train_vision.Config()
+    config = options.parse(train_vision.Config, ["config/vision_detect.toml"], "")[0]
+    assert config == train_vision.Config()
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -231,42 +247,51 @@ def test_presets_are_complete():
     (["segment", "--query_blocks=3"], "query_blocks=3 must not exceed n_layer=2"),
     (["detect", "--source=nothere"], "nothere: there is nothing of that name"),
     (["classify", "--source=nothere"], "cifar-10-python.tar.gz (163 MiB) is at https://"),
-    (["detect", "--learning_rate=1e30", "--warmup_iters=0", "--max_iters=4", "--grad_clip=0"], "the loss is not finite"),
+    (["detect", "--learning_rate=1e30", "--warmup_iters=0", "--max_iters=4", "--grad_clip=0"],
+     "the loss is not finite"),
     (["detect", "--precond_eps=-1"], "precond_eps=-1.0 must not be negative"),
-    (["detect", "--precond=True", "--precond_power=inf"], "precond_power=inf must be a finite number"),
-    (["detect", "--precond=True", "--precond_power=learned"], "--precond_power='learned' is not of type float"),
+    (["detect", "--precond=True", "--precond_power=inf"],
+     "precond_power=inf must be a finite number"),
+    (["detect", "--precond=True", "--precond_power=learned"],
+     "--precond_power='learned' is not of type float"),
     (["classify", "--show=-1"], "show=-1 must not be negative"),
     (["classify", "--precond_powr=1"], "did you mean --precond_power?"),
 ])
 def test_mistakes(arguments, words, tmp_path, call):
-    assert words in error(call(train_vision, arguments[0], *TINY, "--max_iters=2", *arguments[1:], f"--data_dir={tmp_path}",
-                               f"--out_dir={tmp_path / 'out'}"))
+    task, *more = arguments
+    assert words in error(call(train_vision, task, *TINY, "--max_iters=2", *more,
+                               f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}"))
 
 
 def test_a_coco_file_without_masks_is_one_line(tmp_path, call):
     from PIL import Image
     (tmp_path / "annotations").mkdir()
     Image.new("RGB", (40, 30)).save(tmp_path / "0.png")
-    content = {"images": [{"id": 1, "file_name": "0.png", "width": 40, "height": 30}], "categories": [{"id": 1, "name": "box"}],
-               "annotations": [{"id": 5, "image_id": 1, "category_id": 1, "bbox": [3, 4, 20, 10], "area": 200, "iscrowd": 0}]}
+    content = {"images": [{"id": 1, "file_name": "0.png", "width": 40, "height": 30}],
+               "categories": [{"id": 1, "name": "box"}],
+               "annotations": [{"id": 5, "image_id": 1, "category_id": 1,
+                                "bbox": [3, 4, 20, 10], "area": 200, "iscrowd": 0}]}
     for split in ("train", "val"):
         (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     shared = [*TINY, f"--source={tmp_path}", f"--data_dir={tmp_path / 'data'}", "--max_iters=2"]
     message = error(call(train_vision, "segment", *shared, f"--out_dir={tmp_path / 'out'}"))
     assert "annotation 5 has no mask" in message and "use the detect task" in message
-    assert call(train_vision, "detect", *shared, "--show=1", f"--out_dir={tmp_path / 'out'}")[0] == 0
+    drawn = call(train_vision, "detect", *shared, "--show=1", f"--out_dir={tmp_path / 'out'}")
+    assert drawn[0] == 0
 
     content["annotations"] = [content["annotations"][0] | {"id": i} for i in range(7)]
     (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
     shared[-2] = f"--data_dir={tmp_path / 'data2'}"
     out = call(train_vision, "detect", *shared, f"--out_dir={tmp_path / 'out2'}")[1]
     assert "1 of the validation images have more than queries=6 objects" in out
-    content["annotations"] = [content["annotations"][0] | {"iscrowd": 1}, content["annotations"][1] | {"image_id": 2}]
+    content["annotations"] = [content["annotations"][0] | {"iscrowd": 1},
+                              content["annotations"][1] | {"image_id": 2}]
     content["images"].append(content["images"][0] | {"id": 2})
     (tmp_path / "annotations" / "instances_val.json").write_text(json.dumps(content))
     shared[-2] = f"--data_dir={tmp_path / 'data3'}"
     few = ["--batch_size=1", "--eval_iters=1", f"--out_dir={tmp_path / 'out3'}"]
-    assert "none of the 1 validation images that are evaluated has an object" in error(call(train_vision, "detect", *shared, *few))
+    message = error(call(train_vision, "detect", *shared, *few))
+    assert "none of the 1 validation images that are evaluated has an object" in message
 
 
 @pytest.mark.parametrize("package", ["transformers", "scipy"])
@@ -278,4 +303,5 @@ def test_missing_packages(package, tmp_path, call, monkeypatch):
 
 def test_other_data_on_resume_is_refused(tmp_path, call):
     assert call(train_vision, "classify", *TINY, "--max_iters=1", f"--out_dir={tmp_path}")[0] == 0
-    assert "--n_val=9 cannot change on resume" in error(call(train_vision, "--init_from=resume", "--n_val=9", f"--out_dir={tmp_path}"))
+    resumed = call(train_vision, "--init_from=resume", "--n_val=9", f"--out_dir={tmp_path}")
+    assert "--n_val=9 cannot change on resume" in error(resumed)
