@@ -1,0 +1,200 @@
+"""COCO's files against pycocotools, its average precision, and files that are not in order."""
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+
+EXTRA = "pip install -r requirements-extra.txt"
+Image = pytest.importorskip("PIL.Image", reason=EXTRA)
+pytest.importorskip("pycocotools", reason=EXTRA)
+
+from pycocotools.coco import COCO  # noqa: E402
+from pycocotools.cocoeval import COCOeval  # noqa: E402
+
+import coco_folder  # noqa: E402
+from coco_folder import SIZE, change, prepared  # noqa: E402
+from data import coco, images  # noqa: E402
+from engine.options import DataError  # noqa: E402
+
+# From pycocotools with numpy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture
+def source(tmp_path):
+    return coco_folder.make(tmp_path / "coco")
+
+
+def test_coco_folder(source, tmp_path, capsys):
+    data = prepared(source, tmp_path / "data", "segment")
+    out = capsys.readouterr().out
+    assert ("skipped 4 unreadable images, 1 training images without objects, "
+            "12 objects without an area or too small at 32 x 32") in out
+    assert "missing.png: No such file" in out and "broken.png: " in out
+    assert data.classes == ["dog", "cat"]
+    assert (len(data.train), len(data.val)) == (6, 7)  # one has no objects: evaluated, not learned
+    batch, counts, labels, masks = data.train.batch([1, 0])
+    assert batch.shape == (2, 3, SIZE, SIZE) and batch.dtype == torch.uint8
+    with Image.open(source / "train2017" / "1.png") as picture:
+        expected = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+    assert np.array_equal(batch[0], expected.transpose(2, 0, 1))
+    assert counts.tolist() == [2, 2]  # without the crowd and the speck
+    assert labels.tolist() == [[1, 0], [1, 0]]
+    # Image 1 has 64 rows and 80 columns: the polygon's 10..40 and 20..60 are 5..20 and 8..24 of 32.
+    expected = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    expected[5:20, 8:24] = True
+    assert torch.equal(masks[0, 1], expected)
+    again = prepared(source, tmp_path / "data", "segment")
+    assert "preparing" not in capsys.readouterr().out and again.state == data.state
+    change(source, bbox=[10, 5, 30, 20])
+    with pytest.raises(DataError, match="has changed since .* was made of it"):
+        prepared(source, tmp_path / "data", "segment")
+    other = prepared(source, tmp_path / "other", "segment")
+    assert other.state != data.state  # a box is another
+    assert other.state["counts"] == data.state["counts"]
+    source.rename(tmp_path / "gone")
+    prepared(source, tmp_path / "other", "segment")
+    (tmp_path / "gone").rename(source)
+
+    boxes = prepared(source, tmp_path / "data")
+    _, counts, labels, centred = boxes.train.batch([0])
+    assert counts.tolist() == [3]  # a speck has a box, if not a mask
+    np.testing.assert_allclose(centred[0, 1], [0.5, 25 / 48, 0.5, 30 / 48], rtol=1e-6)
+
+
+def test_boxes_without_an_area_are_no_objects_and_sizes_are_checked(source, tmp_path, capsys):
+    for box in ([10, 5, 0, 20], [10, 5, -3, 4], [90, 5, 10, 10]):  # none, negative, outside
+        change(source, "val2017", bbox=box)
+        data = prepared(source, tmp_path / f"data{box}")
+        assert len([a for a in data.truth["annotations"] if a["image_id"] == 0]) == 3  # of four
+        assert ("skipped 4 unreadable images, 1 training images without objects, "
+                "1 objects without an area") in capsys.readouterr().out
+    change(source, "val2017", bbox=[70, 5, 40, 20])
+    change(source, "val2017", "images", 3, width=1000)
+    prepared(source, tmp_path / "more")
+    out = capsys.readouterr().out
+    assert "1 boxes reach outside their image and are cut there" in out
+    assert "3.png: it has (80, 64) pixels, in the annotations (1000, 64) (width, height)" in out
+
+
+@pytest.mark.parametrize("task, kind", [("detect", "bbox"), ("segment", "segm")])
+def test_average_precision_equals_pycocotools_on_its_files(source, tmp_path, capsys, task, kind):
+    """On the same annotation file, read by pycocotools alone: identical numbers.
+
+    Crowds and several sizes of error are among the detections.
+    """
+    data = prepared(source, tmp_path / "data", task)
+    official = COCO(str(coco_folder.file_of(source, "val2017")))
+    rng = np.random.default_rng(1)
+    ids = [100, 101, 102, 103, 104, 105, 200]  # in the order of the file: image i is ours
+    theirs, ours = [], []
+    for a in official.dataset["annotations"]:
+        for _ in range(3):
+            x, y, w, h = a["bbox"] + rng.normal(0, 3, 4)
+            category = rng.choice([3, 7]) if rng.random() < 0.3 else a["category_id"]
+            image = official.imgs[a["image_id"]]
+            found = {"image_id": a["image_id"], "category_id": int(category),
+                     "score": float(rng.random()), "bbox": [x, y, abs(w) + 1, abs(h) + 1]}
+            if kind == "segm":
+                shift = rng.integers(-4, 5, 2)
+                moved = np.roll(official.annToMask(a), shift, axis=(0, 1)).astype(bool)
+                if not moved.any():
+                    continue
+                del found["bbox"]
+                found["segmentation"] = coco.encode(moved[None])[0]
+                assert found["segmentation"]["size"] == [image["height"], image["width"]]
+            theirs.append(found)
+            ours.append(found | {"image_id": ids.index(a["image_id"]),
+                                 "category_id": [3, 7].index(category)})
+    (tmp_path / "results.json").write_text(json.dumps(theirs))
+    evaluation = COCOeval(official, official.loadRes(str(tmp_path / "results.json")), kind)
+    evaluation.params.imgIds = ids
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    expected = dict(zip(("ap", "ap50", "ap75"), 100 * evaluation.stats[:3]))
+    got = coco.average_precision(data.truth, copy.deepcopy(ours), kind)
+    assert got == pytest.approx(expected, abs=1e-12) and 5 < got["ap"] < got["ap50"] < 95
+    evaluation.params.imgIds = ids[:2]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    two = coco.average_precision(data.truth, ours, kind, [0, 1])
+    assert two["ap"] == pytest.approx(100 * evaluation.stats[0], abs=1e-12)
+
+
+def test_average_precision_by_hand():
+    """Two objects; found, in order of score: right, wrong, right.
+
+    The precision is 1 up to recall 1/2, then 2/3, at 101 recalls.
+    """
+    truth = images.make_truth([{"image": {"width": 40, "height": 40}, "annotations": [
+        {"category_id": 0, "bbox": [x, 0, 10, 10], "area": 100, "iscrowd": 0}]}
+        for x in (0, 20)], ["box"])
+    found = [{"image_id": i, "category_id": 0, "bbox": box, "score": score} for i, box, score in
+             [(0, [0, 0, 10, 10], 0.9), (0, [30, 30, 5, 5], 0.8),
+              (1, [20, 0, 10, 7], 0.7)]]  # the last with an IoU of 0.7
+    half, full = (51 + 50 * 2 / 3) / 101, 51 / 101
+    got = coco.average_precision(truth, found, "bbox")
+    assert got == pytest.approx({"ap": 100 * (5 * half + 5 * full) / 10, "ap50": 100 * half,
+                                 "ap75": 100 * full})
+    assert coco.average_precision(truth, [], "bbox") == {"ap": 0, "ap50": 0, "ap75": 0}
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(category_id=99), r"annotation 1: category_id 99 is not the id of one of the file's "
+                           r"2 categories \(3, 7\)"),
+    (dict(image_id=99), "annotation 1: there is no image 99"),
+    (dict(segmentation=...), "annotation 1 has no mask .*use the detect task"),
+    (dict(segmentation=[]), "annotation 1 has no mask"),
+    (dict(segmentation=[[1, 2, 3]]), "annotation 1 has no mask"),
+    (dict(segmentation={"size": [9, 9], "counts": [81]}),
+     r"annotation 1 has a mask of \[9, 9\], its image is \[48, 80\]"),
+    (dict(bbox=[1, 2, 3]), r"annotation 1: bbox \[1, 2, 3\]"),
+    (dict(bbox=...), "something in it has no 'bbox'"),
+    (dict(bbox=None), "is not a COCO annotation file"),
+])
+def test_bad_annotations(source, tmp_path, changes, words):
+    change(source, **changes)
+    with pytest.raises(DataError, match=words):
+        prepared(source, tmp_path / "data", "segment")
+    assert not list((tmp_path / "data").glob("vision_*"))
+
+
+def test_bad_sources(source, tmp_path):
+    def problem(task="detect"):
+        with pytest.raises(DataError) as e:
+            prepared(source, tmp_path / "data", task)
+        return str(e.value)
+    val = coco_folder.file_of(source, "val2017")
+    whole = val.read_text()
+    change(source, "val2017", segmentation=...)
+    prepared(source, tmp_path / "boxes")  # boxes need no masks
+    content = json.loads(whole)
+    val.write_text(json.dumps(content | {"annotations": []}))
+    assert "no readable image has an object" in problem()
+    more = content["categories"][::-1] + [{"id": 9, "name": "cow"}]
+    val.write_text(json.dumps(content | {"categories": more}))
+    assert "different categories" in problem()
+    val.write_text(whole[:1000])
+    assert "is not valid JSON" in problem()
+    val.write_text("[]")
+    assert "is not a COCO annotation file" in problem()
+    (val.parent / "instances_val2014.json").write_text("{}")
+    assert "2 files annotations/instances_val*.json" in problem()
+    val.unlink()
+    (val.parent / "instances_val2014.json").unlink()
+    assert "0 files annotations/instances_val*.json" in problem()
+    source = tmp_path / "nothere"
+    assert "nothere: there is nothing of that name" in problem()
+    assert "nothere: there is nothing of that name" in problem("classify")
+
+
+def test_without_pycocotools(monkeypatch):
+    monkeypatch.setattr(coco, "rle", None)
+    with pytest.raises(DataError, match="pip install -r requirements-extra.txt"):
+        images.open_data("detect", "", "data", SIZE, 1, 4)
+    data = images.open_data("classify", "", "data", SIZE, 1, 4)
+    assert len(data.val) == 4  # which needs none
