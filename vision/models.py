@@ -19,8 +19,7 @@ import torch.nn.functional as F
 
 import precond
 from data import coco
-from engine.options import (DATA, FIXED, FIXED_IN_TRAINING, UserError, at_least, divides,
-                            in_range)
+from engine.options import DATA, FIXED, FIXED_IN_TRAINING, UserError, at_least, divides, in_range
 from engine.precond_config import PrecondConfig
 
 TASKS = ("classify", "detect", "segment")
