@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, shell
 from engine import options
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
@@ -14,8 +14,8 @@ OF_COMPARE = {"vary", "arm"}  # options that compare.py reads by itself
 def commands(text: str) -> list[str]:
     """The lines of a document's shell examples, continued ones joined."""
     blocks = text.split("```sh\n")[1:]
-    shell = "\n".join(block.split("```")[0] for block in blocks)
-    return shell.replace("\\\n", " ").splitlines()
+    joined = "\n".join(block.split("```")[0] for block in blocks)
+    return joined.replace("\\\n", " ").splitlines()
 
 
 def known_options(script: str, words: list[str]) -> set[str]:
@@ -48,3 +48,15 @@ def test_commands_name_scripts_presets_and_options_that_exist(path):
 
 def test_the_front_page_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_walkthrough_is_what_its_script_writes():
+    """Word by word; numbers may differ a little between processors."""
+    written = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8").split()
+    fresh = shell("docs/walkthrough.py").stdout.split()
+    assert len(fresh) == len(written)
+    for new, old in zip(fresh, written):
+        try:
+            assert float(new.strip(".,:()")) == pytest.approx(float(old.strip(".,:()")), rel=0.1)
+        except ValueError:
+            assert new == old
