@@ -102,6 +102,19 @@ def tune_allocator() -> bool:
     return mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) == 1
 
 
+def fresh_store() -> dist.Store:
+    """Where processes leave their addresses for each other, without those of killed ones.
+
+    After a failure torchrun starts the workers again beside the same store. On one node the number
+    of restarts tells the rounds apart. Nodes may count differently: with several, set
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started.
+    """
+    store, _, _ = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return store
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 class Compute:
     """One process's share of the machine: `device`, `dtype` (a name), `rank` of `world`.
 
@@ -133,7 +146,8 @@ class Compute:
             # gloo beside nccl: flags and Python objects travel between CPUs, without waiting for
             # the GPU.
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, store=fresh_store(), rank=self.rank,
+                                    world_size=self.world)
         return self
 
     def __exit__(self, kind, *rest):
@@ -204,7 +218,7 @@ class Compute:
         # Buffers are constants here. Broadcasting them would wait for every process in each
         # forward pass, and in an evaluation a process may have no batch left.
         return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices,
-                                                         broadcast_buffers=False)
+                                                         forward_sync_buffers=False)
 
     def reduce(self, values: list[float], how: str = "sum") -> list[float]:
         """Sums (or maxima) over the processes, as Python floats, the same on all."""
