@@ -7,6 +7,9 @@
     python train.py --init_from=resume                  # go on where a run was stopped
     torchrun --standalone --nproc_per_node=4 train.py config/gpt2_124m.toml
 """
+import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch is loaded)
+
+# isort: split
 import math
 import sys
 from dataclasses import dataclass

@@ -11,6 +11,9 @@ Tasks: listops, text, retrieval, image, pathfinder, pathx (Tay et al. 2020, arXi
 metric is accuracy. The best checkpoint is chosen on the validation split; the test split is read
 once, for that checkpoint.
 """
+import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch is loaded)
+
+# isort: split
 import json
 import sys
 from dataclasses import asdict, dataclass

@@ -14,6 +14,9 @@ as pycocotools computes it, in percent, on images that training does not see. A 
 The losses of detect and segment divide by the objects of a forward pass. So training depends a
 little on how the images of a step are split into passes.
 """
+import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch is loaded)
+
+# isort: split
 import sys
 from collections import Counter
 from dataclasses import dataclass

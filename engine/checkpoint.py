@@ -2,6 +2,7 @@
 import os
 import pickle
 import struct
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -48,11 +49,13 @@ def read(path: Path) -> dict:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                # torch.save does not compress: what is small on the disk is small in memory.
+                if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                    raise ValueError("it is compressed, which torch.save never does")
                 if archive.testzip():  # torch.load does not look at the checksums
                     raise ValueError("a checksum differs")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
+        check(state)
         return state
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train first, or name the run's folder with "
@@ -62,12 +65,38 @@ def read(path: Path) -> dict:
                         f"and plain values ({first_line(e)})") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, struct.error,
             zipfile.BadZipFile) as e:
+        best = path.with_name("best.pt")
+        other = f". {best} holds the best model" if path != best and best.exists() else ""
         raise UserError(f"{path} is not a readable checkpoint (truncated or damaged: "
-                        f"{first_line(e)})") from None
+                        f"{first_line(e)}){other}") from None
+
+
+TYPES = {"config": dict, "model": dict, "step": int, "task": dict, "optimizer": dict,
+         "ranks": list, "scaler": dict, "tokens": int, "evaluated": int, "dtype": str,
+         "train_seconds": (int, float), "best": (dict, type(None))}
+
+
+def check(state):
+    """Raises ValueError where a checkpoint's parts cannot be what `save` was given."""
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}")
+    for key, kind in TYPES.items():
+        if key in state and not isinstance(state[key], kind):
+            raise ValueError(f"its {key} is a {type(state[key]).__name__}")
+    # A size that the weights cannot have would be built before it is compared with them.
+    weights = state.get("model", {}).values()
+    numbers = sum(w.numel() for w in weights if isinstance(w, torch.Tensor))
+    for key in ("n_layer", "n_embd", "n_inner", "block_size", "vocab_size"):
+        size = {**state.get("config", {}), **state.get("task", {})}.get(key, 0)
+        if "model" in state and not (isinstance(size, int) and size <= numbers):
+            raise ValueError(f"its {key} is {size}, its weights are {numbers} numbers")
 
 
 def choose(folder: Path, best: bool) -> Path:
     """A run's best checkpoint, where that is wanted and there; else the latest."""
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: --out_dir is the folder of a run, here "
+                        f"{folder.parent}")
     if best and (folder / "best.pt").exists():
         return folder / "best.pt"
     return folder / "ckpt.pt"
@@ -83,7 +112,7 @@ def read_language_model(folder: Path, best: bool) -> dict:
 
 def first_line(e: Exception) -> str:
     lines = str(e).strip().splitlines() or [type(e).__name__]
-    return lines[0][:120]
+    return textwrap.shorten(lines[0], 120, placeholder=" ...")
 
 
 def restore_model(model: torch.nn.Module, task, saved: dict, folder: Path):

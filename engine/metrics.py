@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from engine.lock import Lock
 from engine.options import UserError
 
 
@@ -64,15 +65,17 @@ class MetricsLog:
     """Writes records {"step": int, name: number, list or None} to metrics.jsonl and elsewhere.
 
     step: where a resumed run goes on, -1 for a new one. total: the steps of the whole run. wandb:
-    arguments of wandb.init, None without it.
+    arguments of wandb.init, None without it. lock: the folder's, released with the rest.
     """
 
-    def __init__(self, folder: Path, step: int, total: int, tensorboard: bool, wandb: dict | None):
+    def __init__(self, folder: Path, step: int, total: int, tensorboard: bool,
+                 wandb: dict | None, lock: Lock | None = None):
+        self.lock = lock
         self.path = folder / "metrics.jsonl"
         self.latest = {}
         # What can fail comes before anything is lost.
         self.board = open_tensorboard(folder, step + 1) if tensorboard else None
-        self.wandb = open_wandb(wandb) if wandb else None
+        self.wandb = open_wandb(folder, wandb, resumed=step >= 0) if wandb else None
         self.keep_until(step)
         self.file = open(self.path, "a", encoding="utf-8")
         self.bar = None
@@ -83,7 +86,9 @@ class MetricsLog:
     def keep_until(self, step: int):
         """Drop the records after `step`, and a last line that a kill left unfinished."""
         kept = []
-        if step >= 0 and self.path.exists():
+        if step >= 0 and not self.path.exists():
+            print(f"{self.path} is gone: it begins anew at step {step}")
+        elif step >= 0:
             try:
                 for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
                     if not line.endswith("\n") or json.loads(line)["step"] > step:
@@ -137,14 +142,16 @@ class MetricsLog:
             self.bar.clear()
         print(text, flush=True)
 
-    def close(self):
+    def close(self, failed: bool = False):
         with contextlib.suppress(OSError):  # a line that `write` could not write, and said so
             self.file.close()
         for part in (self.bar, self.board):
             if part is not None:
                 part.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=int(failed))
+        if self.lock is not None:
+            self.lock.release()
 
 
 def open_tensorboard(folder: Path, first: int):
@@ -157,9 +164,15 @@ def open_tensorboard(folder: Path, first: int):
     return SummaryWriter(str(folder), purge_step=first)
 
 
-def open_wandb(settings: dict):
+def open_wandb(folder: Path, settings: dict, resumed: bool):
+    """A run at Weights & Biases, whose id the folder keeps: a resumed run goes on there too."""
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb_log needs the wandb package: pip install wandb") from None
-    return wandb.init(**settings)
+    kept = folder / "wandb_id.txt"
+    if resumed and kept.exists():
+        return wandb.init(**settings, id=kept.read_text().strip(), resume="allow")
+    run = wandb.init(**settings)
+    kept.write_text(run.id + "\n")
+    return run

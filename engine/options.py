@@ -18,10 +18,12 @@ import shutil
 import sys
 import textwrap
 import tomllib
-import types
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from engine.nanogpt_names import answer
+from engine.values import BOOLEANS, convert, fits, not_among, suggest, type_name
 
 # Marks: what may happen to an option after a run has begun.
 FIXED = "fixed"  # decides what a run is: cannot change on resume
@@ -41,17 +43,27 @@ class DataError(UserError):
 def run(main: Callable[[], None]):
     """Call main(). A UserError ends the program with one line and exit code 2; rank 0 prints it."""
     try:
-        main()
+        try:
+            main()
+        except RuntimeError as e:
+            if "memory" not in str(e) or "alloc" not in str(e):
+                raise
+            raise UserError(f"out of memory ({str(e).splitlines()[0][:200]}): lower --batch_size, "
+                            "--block_size or the model's size") from e
+        finally:
+            sys.stdout.flush()
     except UserError as e:
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         if "RANK" in os.environ:
             # Freeing a DDP model waits, with the GIL, for gloo's threads. After an error these may
             # want the GIL themselves. So leave without freeing anything.
-            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(2)
         sys.exit(2)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
@@ -78,6 +90,11 @@ def in_range(low: float, high: float, closed: str = "low"):
     return check
 
 
+def not_empty(name, value, config):
+    if not value.strip():
+        return f"--{name}= is empty: give a name"
+
+
 def divides(other: str):
     def check(name, value, config):
         whole = getattr(config, other)
@@ -97,11 +114,6 @@ def one_of(names: Collection[str]):
         return not_among(name, value, names)
     check.names = names
     return check
-
-
-def not_among(name: str, value: str, names: Collection[str]) -> str | None:
-    if value not in names:
-        return f"{name}={value}: {suggest(value, names)}choose {' or '.join(names)}"
 
 
 seed = in_range(0, 2**32)  # what torch and numpy both take
@@ -144,9 +156,13 @@ class Option:
 
     def convert(self, name: str, text: str) -> Any:
         """The value that `text` stands for. Raises UserError, in which it is called `name`."""
-        if wrong := self.names() and not_among(name, text, self.names()):
+        names = self.names()
+        if names and (wrong := not_among(name, text, names)):
             raise UserError(wrong)
-        return convert(name, text, self.type)
+        try:
+            return convert(name, text, self.type)
+        except ValueError as e:
+            raise UserError(str(e)) from None
 
 
 @functools.cache
@@ -193,10 +209,12 @@ def read(cls: type, argv: list[str], doc: str) -> tuple[dict[str, Any], dict[str
         if word.endswith(".toml") and not word.startswith("--"):
             preset |= read_toml(Path(word), known)
             continue
+        key, equals, text = word.removeprefix("--").partition("=")
+        if (here := answer(word)) and not (key in known and Path(text).exists()):
+            raise UserError(here)
         if not word.startswith("--"):
             raise UserError(f"unexpected argument {word!r}: give a preset (config/NAME.toml) and "
                             "--key=value options, a task's name first; see --help")
-        key, equals, text = word[2:].partition("=")
         option = find(key, known)
         if not equals:
             text = value_of_next_word(option, words)
@@ -272,63 +290,16 @@ def save(config: Any, path: Path):
     path.write_text("".join(lines), encoding="utf-8", errors="replace")
 
 
-def suggest(word: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]}? " if near else ""
-
-
-def find(key: str, known: dict[str, Option]) -> Option:
+def find(word: str, known: dict[str, Option]) -> Option:
+    """The option of a word such as "name" or "--name=value". Raises UserError."""
+    key = word.removeprefix("--").partition("=")[0]
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        if here := answer(f"--{word.removeprefix('--')}"):
+            raise UserError(here)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
         hint = f"did you mean --{near[0]}?" if near else "see --help"
         raise UserError(f"unknown option --{key}: {hint}")
     return known[key]
-
-
-BOOLEANS = {"true": True, "1": True, "yes": True, "on": True,
-            "false": False, "0": False, "no": False, "off": False}
-
-
-def type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " or ".join(get_args(kind))
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(map(type_name, get_args(kind)))
-    return kind.__name__
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of an option's type; a whole number is a float too."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) in (Union, types.UnionType):
-        return any(fits(value, member) for member in get_args(kind))
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def convert(name: str, text: str, kind: Any) -> Any:
-    """The string `text` as a `kind`. Raises UserError."""
-    if get_origin(kind) in (Union, types.UnionType):
-        for member in get_args(kind):
-            try:
-                return convert(name, text, member)
-            except UserError:
-                continue
-    elif get_origin(kind) is Literal:
-        if wrong := not_among(name, text, get_args(kind)):
-            raise UserError(wrong)
-        return text
-    elif kind is bool:
-        if text.lower() in BOOLEANS:
-            return BOOLEANS[text.lower()]
-    else:
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    raise UserError(f"{name}={text!r} is not of type {type_name(kind)}")
 
 
 def read_toml(path: Path, known: dict[str, Option]) -> dict[str, Any]:

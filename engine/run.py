@@ -5,6 +5,7 @@
     best.pt          the best model by the task's objective
     metrics.jsonl    what was measured, an object a line
     test.json        Long Range Arena's test accuracy
+    lock             who is training in this folder
 
 A script's main goes through it like this:
 
@@ -25,16 +26,19 @@ import torch
 
 from engine import checkpoint, options
 from engine.device import Compute
+from engine.lock import Lock
 from engine.metrics import MetricsLog
-from engine.options import FIXED, FREE, Options, UserError
+from engine.options import FIXED, FREE, Options, UserError, not_empty
 
 RESULT = "test.json"
+LOCK = "lock"
 
 
 @dataclass
 class RunConfig(Options):
     """Where a run is kept, how it begins, and who else hears of it."""
-    out_dir: Annotated[str, "folder of the run: checkpoints, metrics, configuration", FREE] = "out"
+    out_dir: Annotated[str, "folder of the run: checkpoints, metrics, configuration", FREE,
+                       not_empty] = "out"
     init_from: Annotated[Literal["scratch", "resume", "auto"],
                          "auto: resume if there is something to resume, else start"] = "scratch"
     overwrite: Annotated[bool, "start from scratch in an out_dir that holds a run, and lose it",
@@ -141,6 +145,9 @@ def goes_on(config, typed: dict) -> bool:
     """
     exists = (Path(config.out_dir) / "ckpt.pt").exists()
     own = config.init_from in ("scratch", "resume", "auto")
+    if config.init_from == "resume" and config.overwrite:
+        raise UserError("--init_from=resume goes on with the run that --overwrite would replace: "
+                        "choose one")
     if config.eval_only:
         return own or (exists and "init_from" not in typed)
     if config.init_from == "resume" or (config.init_from == "auto" and exists):
@@ -167,6 +174,8 @@ def resume(config, preset: dict, typed: dict) -> Run:
     before = saved["config"]
     typed = {key: value for key, value in typed.items() if key not in ("init_from", "overwrite")}
     typed |= {"out_dir": config.out_dir, "eval_only": config.eval_only}
+    # A checkpoint may come from anywhere: it does not decide that something is sent elsewhere.
+    typed.setdefault("wandb_log", False)
     evaluated = before["batch_size"] * before["eval_iters"]
     if "batch_size" in typed and "eval_iters" not in typed:
         typed["eval_iters"] = max(1, evaluated // typed["batch_size"])
@@ -191,6 +200,9 @@ def announce(config, saved: dict, typed: dict):
                if key not in ("out_dir", "eval_only") and before.get(key, value) != value]
     said = f", changed: {', '.join(changed)}" if changed else ""
     print(f"{config.out_dir}: step {saved['step']} of {config.max_iters}{said}")
+    data = [f"{name}={getattr(config, name)}" for name in ("dataset", "source", "data_dir")
+            if getattr(config, name, "")]
+    print(f"its data: {', '.join(data)}")
     if saved["step"] >= config.max_iters and not config.eval_only:
         print("nothing left to train: raise --max_iters to go on")
 
@@ -213,6 +225,8 @@ def check_writable(folder: Path):
         raise UserError(f"cannot write to {folder}: {parent} is a file")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {folder}: {parent} is not writable")
+    if (folder / LOCK).exists():
+        Lock(folder / LOCK, str(folder)).release()
 
 
 def open_folder(config, step: int) -> MetricsLog:
@@ -227,10 +241,11 @@ def open_folder(config, step: int) -> MetricsLog:
                  "config": asdict(config)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = Lock(folder / LOCK, str(folder))
         if step < config.max_iters:
             # With overwrite, giving config.toml back as a preset would lose the run.
             options.save(replace(config, overwrite=False), folder / "config.toml")
-        log = MetricsLog(folder, step, config.max_iters, config.tensorboard, wandb)
+        log = MetricsLog(folder, step, config.max_iters, config.tensorboard, wandb, lock)
         stale = [RESULT] if step >= 0 else [RESULT, "ckpt.pt", "best.pt"]
         for name in stale:
             (folder / name).unlink(missing_ok=True)

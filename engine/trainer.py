@@ -7,6 +7,7 @@ sequence. So a run's place in its data is its step, and nothing else has to be k
 """
 import contextlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ class Trainer:
                         return number
             finally:
                 if self.log:
-                    self.log.close()
+                    self.log.close(failed=sys.exc_info()[0] is not None)
 
     def train_step(self):
         config, compute = self.config, self.compute

@@ -1,0 +1,280 @@
+"""A run's folder: who may use it, how it is opened, and what is believed of what lies in it."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from conftest import ROOT, SMALL, error, read_metrics, torchrun
+from engine import checkpoint, nanogpt_names, trainer
+from engine.lock import Lock
+from engine.options import UserError
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """A run of four steps, to be copied."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    argv = [*SMALL, *corpus, "--max_iters=4", "--eval_interval=2", f"--out_dir={folder}"]
+    subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def resume(call, folder, *more):
+    return call(train, "--init_from=resume", f"--out_dir={folder}", "--max_iters=6", *more)
+
+
+def change(folder, **parts):
+    """Write other parts into a checkpoint."""
+    state = torch.load(folder / "ckpt.pt") | parts
+    torch.save(state, folder / "ckpt.pt")
+
+
+HOLD = """
+    import sys, time, pathlib
+    sys.path.insert(0, {root!r})
+    from engine.lock import Lock
+    lock = Lock(pathlib.Path(sys.argv[1]), "out")
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_is_held_and_released_by_a_kill(tmp_path):
+    code = textwrap.dedent(HOLD).format(root=str(ROOT))
+    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"],
+                              stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"out is in use by process {holder.pid} on "):
+        Lock(tmp_path / "lock", "out")
+    holder.kill()
+    holder.wait()
+    Lock(tmp_path / "lock", "out").release()
+
+
+@pytest.mark.parametrize("more", [["--init_from=resume", "--max_iters=6"], ["--overwrite"]])
+def test_a_second_run_in_one_folder_is_refused(more, folder, corpus, call):
+    lock = Lock(folder / "lock", "first")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    given = [*SMALL, *corpus] if "--overwrite" in more else []
+    message = error(call(train, *given, f"--out_dir={folder}", *more))
+    assert f"is in use by process {os.getpid()} on " in message
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    lock.release()
+    assert call(train, *given, f"--out_dir={folder}", *more)[0] == 0
+
+
+def test_a_run_holds_its_folder_while_it_trains(corpus, tmp_path, call, monkeypatch):
+    step = trainer.Trainer.train_step
+
+    def trying(self):
+        with pytest.raises(UserError, match="is in use by process"):
+            Lock(tmp_path / "lock", "out")
+        step(self)
+    monkeypatch.setattr(trainer.Trainer, "train_step", trying)
+    assert call(train, *SMALL, *corpus, "--max_iters=1", f"--out_dir={tmp_path}")[0] == 0
+    Lock(tmp_path / "lock", "out").release()
+
+
+@pytest.mark.parametrize("option", ["--out_dir=", "--out_dir= ", "--data_dir=", "--dataset="])
+def test_an_empty_name_is_refused(option, corpus, tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "is empty" in error(call(train, *SMALL, *corpus, option))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resume_and_overwrite_contradict_each_other(folder, call):
+    assert "choose one" in error(resume(call, folder, "--overwrite"))
+
+
+def test_lost_metrics_are_mentioned(folder, call):
+    (folder / "metrics.jsonl").unlink()
+    code, out, _ = resume(call, folder)
+    assert code == 0 and "metrics.jsonl is gone: it begins anew at step 4" in out
+    assert [r["step"] for r in read_metrics(folder)] == [6]
+
+
+def test_a_checkpoint_in_place_of_the_folder(folder, call):
+    message = error(call(train, "--init_from=resume", f"--out_dir={folder / 'best.pt'}"))
+    assert f"is a file: --out_dir is the folder of a run, here {folder}" in message
+
+
+def test_a_truncated_checkpoint_names_the_best_one(folder, call):
+    whole = (folder / "ckpt.pt").read_bytes()
+    (folder / "ckpt.pt").write_bytes(whole[:len(whole) // 2])
+    assert f"{folder / 'best.pt'} holds the best model" in error(resume(call, folder))
+
+
+@pytest.mark.parametrize("parts, words", [
+    (dict(ranks=5), "its ranks is a int"),
+    (dict(model=7), "its model is a int"),
+    (dict(config=[1]), "its config is a list"),
+    (dict(step="x"), "its step is a str"),
+    (dict(optimizer=None), "its optimizer is a NoneType"),
+    (dict(dtype=3), "its dtype is a int"),
+    (dict(ranks=[1, 2]), "cannot be used"),
+    (dict(ranks=[]), "cannot be used"),
+    (dict(optimizer={0: {"step": torch.zeros(3)}}), "cannot be used"),
+    (dict(dtype="bfloat17"), "cannot be used"),
+])
+def test_parts_of_a_wrong_kind(parts, words, folder, call):
+    change(folder, **parts)
+    assert words in error(resume(call, folder))
+
+
+@pytest.mark.parametrize("option, value", [("n_layer", 10**9), ("n_embd", 2**40),
+                                           ("block_size", 10**12), ("n_layer", "many")])
+def test_sizes_that_the_weights_cannot_have(option, value, folder, call):
+    config = torch.load(folder / "ckpt.pt")["config"]
+    change(folder, config=config | {option: value})
+    assert option in error(resume(call, folder))
+
+
+def test_a_compressed_checkpoint_is_not_inflated(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**28))
+    assert path.stat().st_size < 2**20
+    start = time.process_time()
+    with pytest.raises(UserError, match="it is compressed"):
+        checkpoint.read(path)
+    assert time.process_time() - start < 0.5
+
+
+def test_a_checkpoint_does_not_decide_what_is_sent_elsewhere(folder, call, monkeypatch):
+    config = torch.load(folder / "ckpt.pt")["config"]
+    change(folder, config=config | {"wandb_log": True})
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would fail
+    code, out, _ = resume(call, folder)
+    assert code == 0 and f"its data: dataset={config['dataset']}" in out
+
+
+def test_a_checkpoint_does_not_get_another_file_prepared(folder, tmp_path, call):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("the password is swordfish, and not what was trained on\n" * 200)
+    there = tmp_path / "there"
+    config = torch.load(folder / "ckpt.pt")["config"]
+    change(folder, config=config | {"dataset": str(secret), "data_dir": str(there)})
+    assert "is not what the run" in error(resume(call, folder))
+    assert not there.exists() or not list(there.glob("*/*"))
+
+
+class Wandb:
+    """Weights & Biases, as far as a run uses it."""
+
+    def __init__(self):
+        self.calls = []
+
+    def init(self, **settings):
+        self.calls.append(settings)
+        ended = self.calls
+        return SimpleNamespace(id="abc123", log=lambda *_, **__: None,
+                               finish=lambda exit_code: ended.append(exit_code))
+
+
+def test_wandb_goes_on_with_its_run_and_knows_how_it_ended(corpus, tmp_path, call, monkeypatch):
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run = [*SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=2", "--wandb_log=True"]
+    assert call(train, *run)[0] == 0
+    assert resume(call, tmp_path, "--wandb_log=True")[0] == 0
+    monkeypatch.setattr(train.LanguageModelling, "loss",
+                        lambda self, model, x, y: (model(x, y)[1] * torch.nan,))
+    assert "not finite" in error(call(train, *run, "--overwrite"))
+    first, ended, second, _, _, failed = wandb.calls
+    assert "id" not in first and ended == 0 and failed == 1
+    assert second["id"] == "abc123" and second["resume"] == "allow"
+
+
+KILLED = """
+    import os, sys
+    sys.path.insert(0, {root!r})
+    import train
+    from engine import options, trainer
+    step = trainer.Trainer.train_step
+    def killed_once(self):
+        mark = {mark!r}
+        if self.step == 5 and self.compute.rank == 1 and not os.path.exists(mark):
+            open(mark, "w").close()
+            os.kill(os.getpid(), 9)
+        step(self)
+    trainer.Trainer.train_step = killed_once
+    if __name__ == "__main__":
+        options.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_worker(corpus, tmp_path):
+    run = [*SMALL, *corpus, "--max_iters=8", "--eval_interval=2", "--dropout=0.1"]
+    program = tmp_path / "killed.py"
+    mark = str(tmp_path / "mark")
+    program.write_text(textwrap.dedent(KILLED).format(root=str(ROOT), mark=mark))
+    torchrun(2, "--max_restarts=1", program, *run, "--init_from=auto", f"--out_dir={tmp_path}/a")
+    assert os.path.exists(mark)
+    torchrun(2, "train.py", *run, f"--out_dir={tmp_path}/b")
+    assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b")
+
+
+def command(*words, **kwargs):
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120, **kwargs)
+
+
+def test_a_mistyped_option_is_answered_without_pytorch():
+    done = command("-X", "importtime", "train.py", "--lerning_rate=1")
+    assert done.returncode == 2
+    assert "did you mean --learning_rate?" in done.stderr.splitlines()[-1]
+    assert " torch" not in done.stderr
+
+
+def test_help_into_head():
+    shell = f"{sys.executable} train.py --help | head -2"
+    done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "" and len(done.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("words, answer", [
+    (["--lr=1e-3"], "--learning_rate"),
+    (["--decay_lr=False"], "--lr_schedule=constant"),
+    (["--always_save_checkpoint"], "every evaluation saves"),
+    (["--backend=nccl"], "nccl on GPUs"),
+    (["--vocab_size=50304"], "vocabulary decides"),
+    (["--dataset=shakespeare_char"], "--dataset=tinyshakespeare"),
+    (["config/train_gpt2.py"], "config/gpt2_124m.toml"),
+    (["config/train_shakespeare_char.py", "--device=cpu"], "config/shakespeare_char_gpu.toml"),
+])
+def test_nanogpts_names_get_the_right_answer(words, answer, call):
+    assert answer in error(call(train, *words))
+
+
+def test_a_guess_that_is_not_close_is_not_made(call):
+    assert "did you mean" not in error(call(train, "--zebra=1"))
+
+
+def test_the_document_shows_the_table_of_nanogpts_names():
+    text = (ROOT / "docs" / "from_nanogpt.md").read_text(encoding="utf-8").replace("`", "")
+    rows = dict(line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| "))
+    assert rows.pop("nanoGPT") == "here"
+    assert rows == nanogpt_names.NAMES
+
+
+def test_a_new_run_leaves_nothing_of_the_old_one(folder, corpus, call):
+    (folder / "test.json").write_text(json.dumps({"test_accuracy": 1.0}))
+    run = [*SMALL, *corpus, f"--out_dir={folder}", "--max_iters=1", "--overwrite"]
+    assert call(train, *run)[0] == 0
+    assert not (folder / "test.json").exists()
+    assert [r["step"] for r in read_metrics(folder)] == [0, 1]
