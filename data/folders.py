@@ -46,10 +46,13 @@ def read_meta(folder: str | Path) -> dict:
     """What `fill` returned when the folder was made. Raises DataError where it is not readable."""
     try:
         with open_file(Path(folder) / "meta.json") as file:
-            return json.load(file)
+            meta = json.load(file)
     except (OSError, ValueError, RecursionError):
+        meta = None
+    if not isinstance(meta, dict):
         raise DataError(f"{folder} holds no readable meta.json: "
-                        "remove the folder and prepare it again") from None
+                        "remove the folder and prepare it again")
+    return meta
 
 
 def open_file(path: str | Path) -> BinaryIO:

@@ -31,7 +31,15 @@ if __name__ == "__main__":  # python data/text.py looks for modules in data/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.folders import ensure, open_file, read_meta, sha256
-from data.tokens import Blocks, Tokens, eval_blocks, load_tokenizer, make_meta, writers_for
+from data.tokens import (
+    Blocks,
+    Tokens,
+    eval_blocks,
+    load_tokenizer,
+    make_meta,
+    tokens_meta,
+    writers_for,
+)
 from engine.options import DataError
 
 __all__ = ["Blocks", "SOURCES", "Source", "Tokens", "eval_blocks", "load_tokenizer", "prepare",
@@ -127,7 +135,7 @@ def prepare(dataset: str, data_dir: str | Path = "data", tokenizer: str = "auto"
         ensure(folder, fill)
     except OSError as error:
         raise DataError(f"cannot prepare {dataset} in {folder}: {error}") from error
-    prepared = read_meta(folder)["max_tokens"]
+    prepared = tokens_meta(folder)["max_tokens"]
     if max_tokens and prepared != max_tokens:
         raise DataError(f"{folder} was prepared with max_tokens={prepared}, not {max_tokens}: "
                         "remove the folder to prepare it anew")
@@ -329,7 +337,8 @@ def main():
     print(f"{folder}: tokenizer {meta['tokenizer']['name']}, "
           f"vocabulary {meta['vocab_size']}{limited}")
     for name, split in meta["splits"].items():
-        print(f"{name:>5}: {split['tokens']:,} tokens of {split['bytes']:,} bytes of text")
+        sampled = "; a sample is checked when a run opens it" if "sample" in split else ""
+        print(f"{name:>5}: {split['tokens']:,} tokens of {split['bytes']:,} bytes of text{sampled}")
 
 
 if __name__ == "__main__":

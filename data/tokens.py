@@ -3,6 +3,8 @@
 A prepared folder, which data/text.py makes, holds files of token ids, little-endian uint16 or, for
 vocabularies above 65536, uint32, and a meta.json: tokenizer (a `Tokenizer.state()`), vocab_size,
 dtype, max_tokens, and for each split its tokens, bytes (of text), sha256 (of its ids) and shards.
+A split of more than WHOLE bytes has a sample besides, the sha256 of PIECES pieces of PIECE tokens,
+spread evenly over it: what `Tokens` checks where reading everything would take too long.
 
     tokens = Tokens(prepare("shakespeare"), "train")
     x, y = Blocks(tokens, block_size=64, seed=0).batch(first=0, count=12)
@@ -19,6 +21,10 @@ from data.order import Shuffled
 from engine.options import DataError
 
 SHARD = 2**27  # most tokens in one file
+WHOLE = 2**28  # most bytes of a split that are checked whole when it is opened: about 0.4 s
+PIECES = 256
+PIECE = 2**13
+VOCABULARIES = {"bytes": 256, "gpt2": 50257}  # sizes; that of characters depends on the text
 REPLACEMENT = "\ufffd".encode()
 
 
@@ -56,7 +62,7 @@ class CharTokenizer(Tokenizer):
     name = "char"
 
     def __init__(self, chars: str):
-        super().__init__([char.encode() for char in chars])
+        super().__init__([char.encode(errors="surrogatepass") for char in chars])
         self.chars = chars
         self.ids = {char: i for i, char in enumerate(chars)}
 
@@ -114,18 +120,20 @@ class GPT2Tokenizer(Tokenizer):
 def load_tokenizer(state: dict) -> Tokenizer:
     """The tokenizer of a `state()`, or of a whole meta.json.
 
-    Raises DataError where the name is unknown or gpt2's vocabulary is missing.
+    Raises DataError where the state is of no tokenizer or gpt2's vocabulary is missing.
     """
-    state = state.get("tokenizer", state)
-    match state.get("name"):
-        case "char":
-            return CharTokenizer(state["chars"])
-        case "bytes":
+    match state:
+        case {"tokenizer": inner}:
+            return load_tokenizer(inner)
+        case {"name": "char", "chars": str(chars)}:
+            return CharTokenizer(chars)
+        case {"name": "bytes"}:
             return ByteTokenizer()
-        case "gpt2":
+        case {"name": "gpt2"}:
             return GPT2Tokenizer()
-        case name:
+        case {"name": name} if name != "char":
             raise DataError(f"unknown tokenizer {name!r}: choose char, bytes or gpt2")
+    raise DataError(f"a damaged description of a tokenizer: {str(state)[:80]}")
 
 
 class Writer:
@@ -157,8 +165,13 @@ class Writer:
             shard["tokens"] += len(part)
 
     def meta(self) -> dict:
-        return {"tokens": self.tokens, "bytes": self.bytes, "sha256": self.sha256.hexdigest(),
+        meta = {"tokens": self.tokens, "bytes": self.bytes, "sha256": self.sha256.hexdigest(),
                 "shards": self.shards}
+        if self.tokens * self.dtype.itemsize > WHOLE:
+            paths = [self.folder / shard["file"] for shard in self.shards]
+            sample = _sample([np.memmap(path, self.dtype, "r") for path in paths])
+            meta["sample"] = hashlib.sha256(sample).hexdigest()
+        return meta
 
 
 def writers_for(folder: Path, tokenizer: Tokenizer) -> dict[str, Writer]:
@@ -173,51 +186,126 @@ def make_meta(tokenizer: Tokenizer, writers: dict[str, Writer],
             "splits": {split: writer.meta() for split, writer in writers.items()}}
 
 
+def tokens_meta(folder: str | Path) -> dict:
+    """The meta.json of a prepared folder, see the top. Raises DataError where it is damaged."""
+    meta = read_meta(folder)
+    try:
+        sound = _is_sound(meta)
+    except (KeyError, TypeError):  # something is missing, or of another type
+        sound = False
+    if not sound:
+        raise DataError(f"the meta.json of {folder} is damaged: "
+                        "remove the folder and prepare it again")
+    return meta
+
+
+def _is_sound(meta: dict) -> bool:
+    tokenizer = meta["tokenizer"]
+    if tokenizer["name"] == "char":
+        vocab_size = len(tokenizer["chars"])
+    else:
+        vocab_size = VOCABULARIES[tokenizer["name"]]
+    counts = [meta["vocab_size"]]
+    if meta["max_tokens"] is not None:
+        counts.append(meta["max_tokens"])
+    if sorted(meta["splits"]) != ["train", "val"]:
+        return False
+    for name in "train", "val":
+        split = meta["splits"][name]
+        tokens = [shard["tokens"] for shard in split["shards"]]
+        counts += [split["tokens"], split["bytes"], *tokens]
+        files = [shard["file"] for shard in split["shards"]]
+        if sum(tokens) != split["tokens"] or not isinstance(split["sha256"], str):
+            return False
+        if any(Path(file).name != file for file in files):  # outside the folder
+            return False
+    counted = all(type(count) is int and count >= 0 for count in counts)
+    return counted and meta["vocab_size"] == vocab_size and meta["dtype"] in ("<u2", "<u4")
+
+
+def _windows(files: list[np.ndarray], starts: np.ndarray, length: int) -> np.ndarray:
+    """`length` ids from each of starts (n,) in the sequence of all files -> (n, length) int64."""
+    index = starts[:, None] + np.arange(length)  # (n, length)
+    if len(files) == 1:
+        return files[0][index].astype(np.int64)
+    windows = np.empty(index.shape, np.int64)
+    ends = np.cumsum([len(file) for file in files])
+    file_of = np.searchsorted(ends, index, side="right")  # (n, length)
+    for i in np.unique(file_of):
+        here = file_of == i
+        windows[here] = files[i][index[here] - (ends[i] - len(files[i]))]
+    return windows
+
+
+def _sample(files: list[np.ndarray]) -> np.ndarray:
+    """PIECES pieces, from the first token to the last -> (PIECES, PIECE), the files' dtype."""
+    last = sum(map(len, files)) - PIECE
+    starts = np.arange(PIECES) * last // (PIECES - 1)
+    return _windows(files, starts, PIECE).astype(files[0].dtype)
+
+
 class Tokens:
     """The tokens of a split ("train" or "val") of a prepared folder, files seen as one sequence.
 
     `bytes` is the size of its text in UTF-8: loss per token * len / bytes / ln 2 is bits per byte.
     The files are memory-mapped: what was read of them counts as this process's memory, but is page
     cache, which the system takes back when it needs room.
+
+    Raises DataError where the files are not as they were prepared. All of a split of at most WHOLE
+    bytes is checked; of a larger one all sizes, and the sample where meta.json has its sha256
+    (older versions did not write it). So a change of a few places of a large file can go unseen.
     """
 
     def __init__(self, folder: str | Path, split: str):
         self.folder = Path(folder)
         self.split = split
-        self.meta = read_meta(folder)
-        self.bytes = self.meta["splits"][split]["bytes"]
+        self.meta = tokens_meta(folder)
+        stored = self.meta["splits"][split]
+        self.bytes = stored["bytes"]
+        self.remedy = f"remove {folder} and prepare it again"
         self.shards = []
         dtype = np.dtype(self.meta["dtype"])
-        for shard in self.meta["splits"][split]["shards"]:
+        for shard in stored["shards"]:
             path = self.folder / shard["file"]
             size = shard["tokens"] * dtype.itemsize
-            if not path.is_file() or path.stat().st_size != size:
+            if not size or not path.is_file() or path.stat().st_size != size:
                 raise DataError(f"{path} is missing or damaged ({size} bytes expected): "
-                                f"remove {folder} and prepare it again")
+                                f"{self.remedy}")
             self.shards.append(np.memmap(path, dtype=dtype, mode="r"))
-        self.ends = np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
+        self._check(stored, len(self) * dtype.itemsize <= WHOLE)
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if self.shards else 0
+        return self.meta["splits"][self.split]["tokens"]
+
+    def _check(self, stored: dict, whole: bool):
+        parts = self.shards if whole else [_sample(self.shards)]
+        sha256 = hashlib.sha256()
+        for part in parts:
+            sha256.update(part)
+        expected = stored["sha256"] if whole else stored.get("sample")
+        if expected not in (None, sha256.hexdigest()):
+            raise DataError(f"the {self.split} tokens in {self.folder} are not those that were "
+                            f"prepared (their sha256 differs): {self.remedy}")
+        for part in parts:
+            self._check_ids(part)
+
+    def _check_ids(self, ids: np.ndarray):
+        if ids.max(initial=0) >= self.meta["vocab_size"]:
+            raise DataError(f"the {self.split} tokens in {self.folder} hold {ids.max()}, outside "
+                            f"the vocabulary of {self.meta['vocab_size']}: {self.remedy}")
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Windows of `length` tokens from each of starts (n,) int64 -> (n, length) int64.
 
-        Raises IndexError where a start is outside [0, len - length].
+        Raises IndexError where a start is outside [0, len - length], and DataError where a token is
+        outside the vocabulary.
         """
         starts = np.asarray(starts)
         if len(starts) and not 0 <= starts.min() <= starts.max() <= len(self) - length:
             raise IndexError(f"windows of {length} from {starts.min()}..{starts.max()} "
                              f"in {len(self)} tokens of {self.folder}")
-        index = starts[:, None] + np.arange(length)  # (n, length)
-        if len(self.shards) == 1:
-            return self.shards[0][index].astype(np.int64)
-        windows = np.empty(index.shape, np.int64)
-        shard_of = np.searchsorted(self.ends, index, side="right")  # (n, length)
-        for i in np.unique(shard_of):
-            here = shard_of == i
-            begin = self.ends[i] - len(self.shards[i])
-            windows[here] = self.shards[i][index[here] - begin]
+        windows = _windows(self.shards, starts, length)
+        self._check_ids(windows)  # a large split was checked in places only
         return windows
 
 

@@ -1,5 +1,6 @@
 """data/text.py and data/tokens.py: what is prepared, how it is read, what bad input gets."""
 import bz2
+import copy
 import dataclasses
 import gzip
 import hashlib
@@ -47,13 +48,13 @@ def everything(folder: Path, split: str) -> list[int]:
 
 
 def numbers(folder: Path, n: int, shard: int, monkeypatch) -> Tokens:
-    """A prepared folder whose train split is 0 .. n-1."""
+    """A prepared folder whose train split is 0 .. n-1, with a vocabulary of n characters."""
     monkeypatch.setattr(tokens, "SHARD", shard)
     folder.mkdir()
     writers = {split: tokens.Writer(folder, split, 2**17) for split in ("train", "val")}
     for start in range(0, n, 7):
         writers["train"].write(list(range(start, min(n, start + 7))), 1)
-    meta = tokens.make_meta(load_tokenizer({"name": "bytes"}), writers)
+    meta = tokens.make_meta(tokens.CharTokenizer("".join(map(chr, range(n)))), writers)
     (folder / "meta.json").write_text(json.dumps(meta))
     return Tokens(folder, "train")
 
@@ -314,6 +315,115 @@ def test_full_disk_and_damaged_folders_are_one_line(tmp_path, monkeypatch):
     (folder / "meta.json").write_text("{")
     with pytest.raises(DataError, match="no readable meta.json: remove"):
         prepare(path, tmp_path / "data")
+
+
+def overwrite(path: Path, at: int, ids: list[int]):
+    """Put ids in place of others, as a copy that went wrong would: the size stays."""
+    with open(path, "r+b") as file:
+        file.seek(2 * at)
+        file.write(np.array(ids, "<u2").tobytes())
+
+
+def claim(folder: Path, split: str, **values):
+    """Change what meta.json says of a split."""
+    meta = read_meta(folder)
+    meta["splits"][split] |= values
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def test_files_that_changed_in_place_are_refused(tmp_path):
+    folder = prepare(write(tmp_path / "a.txt", "some text " * 30), tmp_path / "data")
+    Tokens(folder, "train")
+    overwrite(folder / "train_00000.bin", 100, [3, 3])
+    words = "train tokens in .* are not those that were prepared .*: remove .* and prepare it again"
+    with pytest.raises(DataError, match=words):
+        Tokens(folder, "train")
+    Tokens(folder, "val")
+
+
+def test_ids_outside_the_vocabulary_are_refused(tmp_path):
+    folder = prepare(write(tmp_path / "a.txt", "some text " * 30), tmp_path / "data")
+    overwrite(folder / "val_00000.bin", 7, [7])
+    content = (folder / "val_00000.bin").read_bytes()
+    claim(folder, "val", sha256=hashlib.sha256(content).hexdigest())
+    words = "val tokens in .* hold 7, outside the vocabulary of 7: remove"
+    with pytest.raises(DataError, match=words):
+        Tokens(folder, "val")
+
+
+def test_of_a_large_split_a_sample_is_checked(tmp_path, monkeypatch):
+    for name, value in ("WHOLE", 500), ("PIECES", 3), ("PIECE", 10), ("SHARD", 100):
+        monkeypatch.setattr(tokens, name, value)
+    folder = prepare(write(tmp_path / "a.txt", "some text " * 30), tmp_path / "data")
+    ids = everything(folder, "train")  # 270 of two bytes: more than WHOLE
+    sample = np.array(ids[:10] + ids[130:140] + ids[260:], "<u2")
+    stored = read_meta(folder)["splits"]
+    assert stored["train"]["sample"] == hashlib.sha256(sample).hexdigest()
+    assert "sample" not in stored["val"]
+    overwrite(folder / "train_00001.bin", 50, [999])  # between the pieces
+    with pytest.raises(DataError, match="hold 999, outside the vocabulary of 7"):
+        Blocks(Tokens(folder, "train"), 10, 0).batch(0, 25)
+    overwrite(folder / "train_00001.bin", 35, [3])  # in the second piece
+    with pytest.raises(DataError, match="train tokens in .* are not those that were prepared"):
+        Tokens(folder, "train")
+    meta = read_meta(folder)  # of an older version: there is nothing to compare with
+    del meta["splits"]["train"]["sample"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert Tokens(folder, "train").gather(np.array([135]), 1) == [[3]]
+    overwrite(folder / "train_00001.bin", 35, [999])
+    with pytest.raises(DataError, match="hold 999, outside the vocabulary of 7"):
+        Tokens(folder, "train")
+
+
+OTHERS = (None, -1, 6, 0.5, True, "7", "../a", "\0", [], ["name"], {}, {"train": 7}, 10**30)
+
+
+def changes(value):
+    """Every copy of a value out of JSON in which one part is missing or something else."""
+    parts = list(value.items() if isinstance(value, dict) else enumerate(value))
+    for key, part in parts:
+        for other in OTHERS:
+            changed = copy.copy(value)
+            changed[key] = other
+            yield changed
+        changed = copy.copy(value)
+        del changed[key]
+        yield changed
+        if isinstance(part, dict | list):
+            for inner in changes(part):
+                changed = copy.copy(value)
+                changed[key] = inner
+                yield changed
+
+
+def test_a_garbled_meta_is_one_line(tmp_path):
+    path = write(tmp_path / "a.txt", "some text " * 30)
+    folder = prepare(path, tmp_path / "data")
+    refused = 0
+    for meta in [[], 7, None, *changes(read_meta(folder))]:
+        (folder / "meta.json").write_text(json.dumps(meta))
+        try:
+            train = Tokens(prepare(path, tmp_path / "data"), "train")
+            val = Tokens(folder, "val")
+        except DataError as error:
+            message = str(error).replace("the folder", str(folder))
+            assert "\n" not in message and f"remove {folder} and prepare" in message
+            refused += 1
+        else:  # what nothing depends on
+            assert (len(train), len(val), train.meta["vocab_size"]) == (270, 30, 7)
+    assert refused > 250
+
+
+@pytest.mark.parametrize("state", [5, None, [], "char", {}, {"name": "char"}, {"tokenizer": 5},
+                                   {"name": "char", "chars": 5}, {"name": ["char"]}])
+def test_the_state_of_no_tokenizer_is_one_line(state):
+    with pytest.raises(DataError, match="tokenizer") as error:
+        load_tokenizer(state)
+    assert "\n" not in str(error.value)
+
+
+def test_half_a_surrogate_pair_among_the_characters_breaks_nothing():
+    assert load_tokenizer({"name": "char", "chars": "a\ud800"}).decode([0, 1]).startswith("a\ufffd")
 
 
 def archive(folder: Path, works: dict[str, str]):
