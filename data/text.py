@@ -40,6 +40,7 @@ from data.tokens import (
     tokens_meta,
     writers_for,
 )
+from engine import options
 from engine.options import DataError
 
 __all__ = ["Blocks", "SOURCES", "Source", "Tokens", "eval_blocks", "load_tokenizer", "prepare",
@@ -103,7 +104,11 @@ def prepare(dataset: str, data_dir: str | Path = "data", tokenizer: str = "auto"
     that hold so many training tokens. Files appear under their final name when all are written.
     Raises DataError.
     """
+    if not str(data_dir):
+        raise DataError("data_dir is empty: name the folder where prepared data is kept")
     data_dir = Path(data_dir)
+    if max_tokens is not None and max_tokens < 1:
+        raise DataError(f"max_tokens={max_tokens} must be at least 1")
     if tokenizer not in ("auto", "char", "bytes", "gpt2"):
         raise DataError(f"unknown tokenizer {tokenizer!r}: choose char, bytes, gpt2, or auto")
     if dataset in SOURCES:
@@ -297,21 +302,23 @@ def _write_shakespeare(folder: Path, tokenizer: str) -> dict:
 def _tinyshakespeare(data_dir: Path) -> Path:
     """data_dir/tinyshakespeare.txt, downloaded where it does not exist yet."""
     path = data_dir / "tinyshakespeare.txt"
-    if path.exists():
-        return path
     remedy = f"check the network, or put the file at {path}"
     try:
-        with urllib.request.urlopen(TINY_URL, timeout=60) as response:
-            content = response.read()
+        if not path.exists():
+            with urllib.request.urlopen(TINY_URL, timeout=60) as response:
+                content = response.read()
+            if hashlib.sha256(content).hexdigest() != TINY_SHA256:
+                raise DataError(f"{TINY_URL} gave {len(content)} bytes that are not tiny "
+                                f"Shakespeare (sha256 differs): {remedy}")
+            data_dir.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}.part")  # another process may download it too
+            part.write_bytes(content)
+            part.replace(path)
     except (OSError, http.client.HTTPException) as error:
         raise DataError(f"cannot download {TINY_URL}: {error}; {remedy}") from error
-    if hashlib.sha256(content).hexdigest() != TINY_SHA256:
-        raise DataError(f"{TINY_URL} gave {len(content)} bytes that are not tiny Shakespeare "
-                        f"(sha256 differs): {remedy}")
-    data_dir.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_bytes(content)
-    part.replace(path)
+    if _sha256(path) != TINY_SHA256:
+        raise DataError(f"{path} is not tiny Shakespeare (sha256 differs): remove it, or give it "
+                        "another name and that path as the dataset")
     return path
 
 
@@ -327,11 +334,7 @@ def main():
     parser.add_argument("--max_tokens", type=int,
                         help="stop after about so many training tokens: " + ", ".join(SOURCES))
     args = parser.parse_args()
-    try:
-        folder = prepare(args.dataset, args.data_dir, args.tokenizer, args.max_tokens)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    folder = prepare(args.dataset, args.data_dir, args.tokenizer, args.max_tokens)
     meta = read_meta(folder)
     limited = f", limited to max_tokens={meta['max_tokens']}" if meta["max_tokens"] else ""
     print(f"{folder}: tokenizer {meta['tokenizer']['name']}, "
@@ -342,4 +345,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    options.run(main)

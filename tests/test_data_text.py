@@ -479,6 +479,29 @@ def test_tinyshakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     assert prepare("tinyshakespeare", tmp_path) == folder and len(calls) == 2
 
 
+def test_another_file_is_not_taken_for_tinyshakespeare(tmp_path):
+    write(tmp_path / "tinyshakespeare.txt", "First Cit")  # a copy that was cut off
+    with pytest.raises(DataError, match="tinyshakespeare.txt is not tiny Shakespeare .*: remove"):
+        prepare("tinyshakespeare", tmp_path)
+
+
+def test_tinyshakespeare_in_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "TINY_SHA256", hashlib.sha256(b"text").hexdigest())
+    monkeypatch.setattr(text.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"text"))
+    write(tmp_path / "file", "not a folder")
+    with pytest.raises(DataError, match="tinyshakespeare/input.txt: .*file"):
+        prepare("tinyshakespeare", tmp_path / "file" / "data")
+
+
+def test_settings_that_mean_something_else_are_refused(tmp_path):
+    path = write(tmp_path / "a.txt", "some text " * 30)
+    with pytest.raises(DataError, match="data_dir is empty: name the folder"):
+        prepare(path, "")
+    for max_tokens in (0, -1):
+        with pytest.raises(DataError, match=f"max_tokens={max_tokens} must be at least 1"):
+            prepare("openwebtext", tmp_path, max_tokens=max_tokens)
+
+
 def test_tinyshakespeare_without_network_is_one_line(tmp_path, monkeypatch):
     def offline(url, timeout):
         raise text.urllib.request.URLError("no route to host")
@@ -646,6 +669,6 @@ def test_command_line(tmp_path):
     assert "vocabulary 256" in done.stdout and "270 tokens of 270 bytes" in done.stdout
     missing = run("b.txt", "--data_dir", "other")
     assert missing.returncode == 2 and missing.stdout == ""
-    assert missing.stderr.startswith("error: dataset 'b.txt' is not a file")
+    assert missing.stderr.startswith("text.py: error: dataset 'b.txt' is not a file")
     assert missing.stderr.count("\n") == 1 and not (tmp_path / "other").exists()
     assert run("--help").returncode == 0
