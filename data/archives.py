@@ -9,6 +9,7 @@ no data set needs to fit into memory. What file managers leave behind is never r
 such as macOS's ._* beside every file, and LEFT_BEHIND.
 """
 import gzip
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import BinaryIO
 from engine.options import DataError
 
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError)  # reading a broken archive
+INFLATED = 2**26  # bytes that any archive may inflate to, beside 100 times its own size
 LEFT_BEHIND = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini")  # in any case
 LONGEST_LINE = 2**26  # bytes: a longer "line" is no line of a release, and would fill the memory
 
@@ -103,23 +105,46 @@ def _folder_files(source: Path, release: Release):
 
 
 def _archive_files(source: Path, release: Release):
-    with open(source, "rb") as raw:
-        gzipped = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        with (gzip.open(raw) if gzipped else raw as stream,
+    copy = None  # where the release's folder is: of several copies the first is taken
+    try:
+        with (open(source, "rb") as raw, _Gzip(fileobj=raw) if _is_gzip(raw) else raw as stream,
               tarfile.open(fileobj=stream, mode="r|") as archive):
-            copy = None  # where the release's folder is: of several copies the first is taken
             while member := archive.next():
                 # tarfile keeps every member: gigabytes for the millions of images of some releases
                 archive.members = []
                 before, found, name = f"/{member.name}".rpartition(f"/{release.folder}/")
-                wanted = found and member.isfile() and ".." not in name.split("/")
-                wanted = wanted and _part(name, release) and "__macosx" not in before.lower()
-                if wanted and copy in (None, before):
-                    copy = before
-                    yield name, archive.extractfile(member)
+                if not found or "__macosx" in before.lower() or copy not in (None, before):
+                    continue
+                if member.name.startswith("/") or ".." in member.name.split("/"):
+                    raise DataError(f"{source}: its {member.name[:100]!r} would lie outside of the "
+                                    f"folder it is unpacked in: it is not {release.archive[0]}")
+                if member.isdir() or not _part(name, release):
+                    continue
+                if not member.isfile() or member.issparse():
+                    raise DataError(f"{source}: its {member.name[:100]!r} is a link, a device or "
+                                    f"sparse, no plain file: it is not {release.archive[0]}")
+                copy = before
+                yield name, archive.extractfile(member)
             while stream.read(2**20):  # to the end, where gzip checks that the archive is complete
                 pass
+    except ValueError as error:  # tarfile, for some headers
+        raise tarfile.ReadError(f"a broken header: {error}") from None
+
+
+def _is_gzip(file: BinaryIO) -> bool:
+    start = file.read(2)
+    file.seek(0)
+    return start == b"\x1f\x8b"
+
+
+class _Gzip(gzip.GzipFile):
+    """Two megabytes can inflate to two gigabytes, but those of a release inflate to a few."""
+
+    def read(self, size=-1):
+        packed = os.fstat(self.fileobj.fileno()).st_size
+        if self.tell() > INFLATED + 100 * packed:
+            raise tarfile.ReadError(f"its {packed:,} bytes inflate to over {self.tell():,}")
+        return super().read(size)
 
 
 def lines(file: BinaryIO, name: str) -> Iterator[bytes]:
@@ -135,8 +160,8 @@ def read_label(value, classes: int, where: str) -> int:
     """A class as the releases write it: an integer, or the bytes 1 or 1.0. Raises DataError."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, ValueError):
         number = -1
     if number not in range(classes):
-        raise DataError(f"{where}: label {value!r} is not one of 0 to {classes - 1}")
+        raise DataError(f"{where}: label {repr(value)[:60]} is not one of 0 to {classes - 1}")
     return int(number)

@@ -1,12 +1,14 @@
-"""Small archives of the released form, made by the tests: IMDb, pairs of papers, CIFAR-10."""
+"""Small archives of the released form, made by the tests, and what a prepared folder holds."""
 import io
 import struct
 import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from data.cifar import RELEASE
+from data.lra import SPLITS, load
 
 
 def archive(path, files, compress=True):
@@ -29,6 +31,46 @@ def unpack(folder, files):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
+
+
+def stored(folder):
+    """{split: [(label, bytes of each tower, ...)]}, through Split.batch."""
+    _, splits = load(folder)
+    result = {}
+    for name, split in splits.items():
+        x, mask, y = split.batch(np.arange(len(split)))
+        x, mask = (a if a.dim() == 3 else a[:, None] for a in (x, mask))
+        assert not x[~mask].any()
+        result[name] = []
+        for *towers, label in zip(x, mask, y):
+            sequences = (bytes(row[real].tolist()) for row, real in zip(*towers))
+            result[name].append((int(label), *sequences))
+    return result
+
+
+def nested(text):
+    """`[MAX 3 4 ]` -> `( ( ( [MAX 3 ) 4 ) ] )`."""
+    def node(symbols):
+        symbol = symbols.pop(0)
+        if not symbol.startswith("["):
+            return symbol
+        while symbols[0] != "]":
+            symbol = f"( {symbol} {node(symbols)} )"
+        return f"( {symbol} {symbols.pop(0)} )"
+    return node(text.split())
+
+
+TREES = {"train": [("[MAX 3 4 ]", "4"), ("[MIN [SM 9 9 ] 9 1 ]", "1.0"), ("[MED 1 2 ]", "1")],
+         "val": [("[SM 1 2 3 ]", "6")],
+         "test": [("[MAX 9 [MIN 0 1 ] ]", "9"), ("[MAX 1 2 ]", "2")]}
+
+
+def listops_files(prefix="lra_release/lra_release/", trees=TREES):
+    files = {}
+    for split in SPLITS:
+        lines = "".join(f"{nested(text)}\t{label}\r\n" for text, label in trees[split])
+        files[f"{prefix}listops-1000/basic_{split}.tsv"] = f"Source\tTarget\r\n{lines}".encode()
+    return files
 
 
 def imdb_files(n=20):
@@ -85,3 +127,25 @@ def cifar(n=4):
     files = {f"cifar-10-batches-py/{name}": python2_batch(images[name], labels[name])
              for name in names}
     return images, labels, files
+
+
+def pathfinder_files(n=20, size=32):
+    image = pytest.importorskip("PIL.Image", reason="pip install -r requirements-extra.txt")
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (n, size, size), np.uint8)
+    labels = random.integers(0, 2, n)
+    files = {}
+    root = f"lra_release/lra_release/pathfinder{size}/curv_contour_length_14"
+    for batch in range(2):
+        lines = []
+        for i in range(batch, n, 2):
+            png = io.BytesIO()
+            image.fromarray(pictures[i]).save(png, "png")
+            files[f"{root}/imgs/{batch}/sample_{i}.png"] = png.getvalue()
+            lines.append(f"imgs/{batch} sample_{i}.png {i} {labels[i]} 1.0 14 4 2 0.5 1 1")
+        files[f"{root}/metadata/{batch}.npy"] = "\n".join(lines).encode()
+    return files, [(int(label), picture.tobytes()) for label, picture in zip(labels, pictures)]
+
+
+RELEASES = {"listops": listops_files, "text": imdb_files, "retrieval": retrieval_files,
+            "image": lambda: cifar()[2], "pathfinder": lambda: pathfinder_files()[0]}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_data_lra_sources import stored
+from lra_archives import stored
 
 from data import listops
 from data.folders import ensure

@@ -1,73 +1,29 @@
-"""data/lra_sources.py, archives.py, cifar.py: each reader on a small archive of exactly the
-released form, made here, and the generated tasks, through prepare."""
-import io
-import os
+"""data/lra_sources.py: each reader on a small archive of the released form, and the generated
+tasks, through prepare."""
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
-import numpy as np
+import lra_archives as made
 import pytest
-from lra_archives import archive, cifar, imdb_files, python2_batch, retrieval_files, unpack
+from lra_archives import archive, stored, unpack
 
 from data import listops
 from data.lra import SPLITS, load, prepare
 from engine.options import DataError
 
-
-def stored(folder):
-    """{split: [(label, bytes of each tower, ...)]}, through Split.batch."""
-    _, splits = load(folder)
-    result = {}
-    for name, split in splits.items():
-        x, mask, y = split.batch(np.arange(len(split)))
-        x, mask = (a if a.dim() == 3 else a[:, None] for a in (x, mask))
-        assert not x[~mask].any()
-        result[name] = []
-        for *towers, label in zip(x, mask, y):
-            sequences = (bytes(row[real].tolist()) for row, real in zip(*towers))
-            result[name].append((int(label), *sequences))
-    return result
-
-
 # ListOps as released: header, CRLF, nested binary pairs
 
 
-def nested(text):
-    """`[MAX 3 4 ]` -> `( ( ( [MAX 3 ) 4 ) ] )`."""
-    def node(symbols):
-        symbol = symbols.pop(0)
-        if not symbol.startswith("["):
-            return symbol
-        while symbols[0] != "]":
-            symbol = f"( {symbol} {node(symbols)} )"
-        return f"( {symbol} {symbols.pop(0)} )"
-    return node(text.split())
-
-
-TREES = {"train": [("[MAX 3 4 ]", "4"), ("[MIN [SM 9 9 ] 9 1 ]", "1.0"), ("[MED 1 2 ]", "1")],
-         "val": [("[SM 1 2 3 ]", "6")],
-         "test": [("[MAX 9 [MIN 0 1 ] ]", "9"), ("[MAX 1 2 ]", "2")]}
-
-
-def listops_files(prefix="lra_release/lra_release/", trees=TREES):
-    files = {}
-    for split in SPLITS:
-        lines = "".join(f"{nested(text)}\t{label}\r\n" for text, label in trees[split])
-        files[f"{prefix}listops-1000/basic_{split}.tsv"] = f"Source\tTarget\r\n{lines}".encode()
-    return files
-
-
 def test_listops_released(tmp_path):
-    assert nested("[MAX 3 4 ]") == "( ( ( [MAX 3 ) 4 ) ] )"
+    assert made.nested("[MAX 3 4 ]") == "( ( ( [MAX 3 ) 4 ) ] )"
     expected = {split: [(int(float(label)), listops.tokenize(text).tobytes())
-                        for text, label in trees] for split, trees in TREES.items()}
+                        for text, label in trees] for split, trees in made.TREES.items()}
     others = {"lra_release/lra_release/tsv_data/readme.txt": b"text",
               "lra_release/my-listops-1000/basic_train.tsv": b"x"}
-    for source in (archive(tmp_path / "lra_release.gz", {**others, **listops_files()}),
-                   archive(tmp_path / "plain.tar", listops_files("./"), compress=False),
-                   unpack(tmp_path / "unpacked", listops_files()),
+    for source in (archive(tmp_path / "lra_release.gz", {**others, **made.listops_files()}),
+                   archive(tmp_path / "plain.tar", made.listops_files("./"), compress=False),
+                   unpack(tmp_path / "unpacked", made.listops_files()),
                    tmp_path / "unpacked/lra_release/lra_release/listops-1000"):
         folder = prepare("listops", tmp_path / "data", source=source)
         assert stored(folder) == expected
@@ -80,7 +36,7 @@ def test_listops_released(tmp_path):
 
 def test_listops_of_two_copies_the_inner_folder_and_the_first_in_an_archive(tmp_path):
     other = {split: [("[MAX 0 0 ]", "0")] for split in SPLITS}
-    both = {**listops_files("lra_release/", other), **listops_files()}
+    both = {**made.listops_files("lra_release/", other), **made.listops_files()}
     unpacked = prepare("listops", tmp_path, source=unpack(tmp_path / "unpacked", both))
     assert len(stored(unpacked)["train"]) == 3
     packed = prepare("listops", tmp_path, source=archive(tmp_path / "a.gz", both))
@@ -100,7 +56,7 @@ def test_listops_of_two_copies_the_inner_folder_and_the_first_in_an_archive(tmp_
     ("( ( [MAX 3 ) ] )", "line 2: expected an expression, a tab and a label"),
 ])
 def test_listops_wrong_lines(tmp_path, line, words):
-    files = listops_files("")
+    files = made.listops_files("")
     files["listops-1000/basic_val.tsv"] = f"Source\tTarget\r\n{line}\r\n".encode()
     with pytest.raises(DataError, match=words) as error:
         prepare("listops", tmp_path / "data", source=unpack(tmp_path, files))
@@ -108,7 +64,7 @@ def test_listops_wrong_lines(tmp_path, line, words):
 
 
 def test_listops_missing_file_header_and_source(tmp_path):
-    files = listops_files("")
+    files = made.listops_files("")
     del files["listops-1000/basic_test.tsv"]
     for source in unpack(tmp_path / "unpacked", files), archive(tmp_path / "archive.gz", files):
         with pytest.raises(DataError, match=r"lacks listops-1000/basic_test.tsv.*lra_release.gz"):
@@ -120,23 +76,11 @@ def test_listops_missing_file_header_and_source(tmp_path):
         prepare("listops", tmp_path, source=tmp_path / "nowhere")
 
 
-def test_pipes_are_not_waited_for(tmp_path):
-    files = listops_files("")
-    del files["listops-1000/basic_test.tsv"]
-    unpack(tmp_path, files)
-    os.mkfifo(tmp_path / "listops-1000/basic_test.tsv")
-    with pytest.raises(DataError, match="lacks listops-1000/basic_test.tsv"):
-        prepare("listops", tmp_path / "data", source=tmp_path)
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="there is no .*pipe that is a file or a folder"):
-        prepare("listops", tmp_path / "data", source=tmp_path / "pipe")
-
-
 # IMDb as released
 
 
 def test_text_archive_and_folder_give_the_same(tmp_path):
-    files = imdb_files()
+    files = made.imdb_files()
     packed = prepare("text", tmp_path / "a", block_size=100, source=archive(
         tmp_path / "aclImdb_v1.tar.gz", dict(reversed(files.items()))))
     unpack(tmp_path / "b", files)
@@ -154,7 +98,7 @@ def test_text_archive_and_folder_give_the_same(tmp_path):
 
 
 def test_text_incomplete(tmp_path):
-    files = imdb_files()
+    files = made.imdb_files()
     files["aclImdb/test/neg/3_2.txt"] = b""
     source = unpack(tmp_path / "empty", files)
     meta, splits = load(prepare("text", tmp_path / "data", source=source))
@@ -167,27 +111,11 @@ def test_text_incomplete(tmp_path):
         prepare("text", tmp_path / "data")
 
 
-def test_truncated_and_broken_archives(tmp_path):
-    """Wherever it is cut off: in the middle of a member, or just short of the end."""
-    files = {**imdb_files(), "aclImdb/zzz": os.urandom(5000)}
-    source = archive(tmp_path / "aclImdb_v1.tar.gz", files)
-    whole = source.read_bytes()
-    broken = whole[:2000] + b"\0" * 50 + whole[2050:]
-    cut = whole[:300], whole[:len(whole) // 2], whole[:-4]
-    for content in *cut, broken, b"", b"<html>not found</html>":
-        source.write_bytes(content)
-        with pytest.raises(DataError, match="aclImdb_v1.tar.gz is not a complete archive "
-                                            ".*download it again") as error:
-            prepare("text", tmp_path / "data", source=source)
-        assert "\n" not in str(error.value)
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [".tmp"]
-
-
 # Retrieval as released
 
 
 def test_retrieval(tmp_path):
-    source = archive(tmp_path / "lra_release.gz", retrieval_files())
+    source = archive(tmp_path / "lra_release.gz", made.retrieval_files())
     folder = prepare("retrieval", tmp_path, source=source, block_size=20)
     expected = [(1, b"first text", b"second one"), (0, b'"quoted, not closed', b"x" * 20),
                 (1, b"a", b"b")]
@@ -208,13 +136,13 @@ def test_retrieval(tmp_path):
 def test_retrieval_wrong_lines(tmp_path, line, words, monkeypatch):
     monkeypatch.setattr("data.archives.LONGEST_LINE", 1000)
     with pytest.raises(DataError, match=words):
-        prepare("retrieval", tmp_path, source=unpack(tmp_path, retrieval_files([line])))
+        prepare("retrieval", tmp_path, source=unpack(tmp_path, made.retrieval_files([line])))
 
 
 def test_retrieval_is_streamed(tmp_path):
     """60 MB of pairs must not make the process 60 MB larger."""
     line = b"1\t1\t2\t" + b"a" * 30_000 + b"\t" + b"b" * 30_000
-    source = unpack(tmp_path, retrieval_files([line]))
+    source = unpack(tmp_path, made.retrieval_files([line]))
     large = source / "lra_release/lra_release/tsv_data/new_aan_pairs.train.tsv"
     large.write_bytes((line + b"\n") * 1000)
     code = """if True:
@@ -229,88 +157,17 @@ def test_retrieval_is_streamed(tmp_path):
     assert int(done.stdout.split()[-1]) < 30_000, done.stderr  # KiB
 
 
-# CIFAR-10 as released: pickles that Python 2 wrote, protocol 2
-
-
-def test_image(tmp_path):
-    images, labels, files = cifar()
-    backwards = {"cifar-10-batches-py/batches.meta": b"not read", **dict(reversed(files.items()))}
-    source = archive(tmp_path / "cifar-10-python.tar.gz", backwards)
-    result = stored(prepare("image", tmp_path / "a", source=source))
-    assert result == stored(prepare("image", tmp_path / "b", source=unpack(tmp_path, files)))
-    assert [len(result[split]) for split in SPLITS] == [18, 2, 4]
-
-    def grey(image):  # in whole thousandths, pixel by pixel
-        planes = image[:1024].tolist(), image[1024:2048].tolist(), image[2048:].tolist()
-        return bytes((299 * r + 587 * g + 114 * b) // 1000 for r, g, b in zip(*planes))
-
-    def samples(batch):
-        return [(label, grey(image)) for image, label in zip(images[batch], labels[batch])]
-
-    assert result["test"] == samples("test_batch")
-    train = [sample for i in range(1, 6) for sample in samples(f"data_batch_{i}")]
-    assert sorted(result["train"] + result["val"]) == sorted(train)
-    x, mask, _ = load(prepare("image", tmp_path / "a", source=source))[1]["test"].batch([0, 1])
-    assert x.shape == (2, 1024) and mask.all()
-
-
-@pytest.mark.parametrize("payload, words", [
-    (b"cos\nsystem\n(S'touch executed'\ntR.", "asks for 'os.system'"),
-    (b"\x80\x02cnumpy\nsave\n(U\x08executedK\x01tR.", "asks for 'numpy.save'"),
-    (b"\x80\x02cbuiltins\neval\n(U\x01itR.", "asks for 'builtins.eval'"),
-    (b"\x80\x02}.", "KeyError"),
-    (b"hello", "data_batch_2 is not a batch"),
-    (b"", "data_batch_2 is not a batch"),
-])
-def test_image_pickle_with_a_payload_runs_nothing(tmp_path, monkeypatch, payload, words):
-    monkeypatch.chdir(tmp_path)
-    _, _, files = cifar()
-    files["cifar-10-batches-py/data_batch_2"] = payload
-    with pytest.raises(DataError, match=words):
-        prepare("image", tmp_path / "data",
-                source=archive(tmp_path / "cifar-10-python.tar.gz", files))
-    assert not list(tmp_path.glob("executed*"))
-
-
-def test_image_labels_sizes_and_cutting(tmp_path):
-    images, labels, files = cifar()
-    files["cifar-10-batches-py/test_batch"] = python2_batch(images["test_batch"], [0, 1, 10, 3])
-    with pytest.raises(DataError, match="test_batch, image 2: label 10 is not one of 0 to 9"):
-        prepare("image", tmp_path, source=unpack(tmp_path / "a", files))
-    small = images["test_batch"][:, :3000]
-    files["cifar-10-batches-py/test_batch"] = python2_batch(small, [0, 1, 2, 3])
-    with pytest.raises(DataError, match="test_batch is not a batch of CIFAR-10"):
-        prepare("image", tmp_path, source=unpack(tmp_path / "a", files))
-    with pytest.raises(DataError, match="block_size of at least 1024, not 1000"):
-        prepare("image", tmp_path, source=tmp_path / "a", block_size=1000)
-
-
 # Pathfinder
 
 
-def pathfinder_files(n=20, size=32):
-    image = pytest.importorskip("PIL.Image", reason="pip install -r requirements-extra.txt")
-    random = np.random.default_rng(0)
-    pictures = random.integers(0, 256, (n, size, size), np.uint8)
-    labels = random.integers(0, 2, n)
-    files = {}
-    root = f"lra_release/lra_release/pathfinder{size}/curv_contour_length_14"
-    for batch in range(2):
-        lines = []
-        for i in range(batch, n, 2):
-            png = io.BytesIO()
-            image.fromarray(pictures[i]).save(png, "png")
-            files[f"{root}/imgs/{batch}/sample_{i}.png"] = png.getvalue()
-            lines.append(f"imgs/{batch} sample_{i}.png {i} {labels[i]} 1.0 14 4 2 0.5 1 1")
-        files[f"{root}/metadata/{batch}.npy"] = "\n".join(lines).encode()
-    return files, [(int(label), picture.tobytes()) for label, picture in zip(labels, pictures)]
-
-
 def test_pathfinder_released(tmp_path):
-    files, samples = pathfinder_files()
+    files, samples = made.pathfinder_files()
     empty = "lra_release/lra_release/pathfinder32/curv_contour_length_14/imgs/1/sample_7.png"
     outside = empty.replace("imgs/1/", "imgs/" + 3 * "../")
     source = archive(tmp_path / "lra_release.gz", {**files, empty: b"", outside: b"outside"})
+    with pytest.raises(DataError, match="imgs.* would lie outside"):
+        prepare("pathfinder", tmp_path / "a", source=source)
+    source = archive(tmp_path / "lra_release.gz", {**files, empty: b""})
     folder = prepare("pathfinder", tmp_path / "a", source=source)
     assert not list(tmp_path.rglob("sample_7.png"))
     result = stored(folder)
@@ -324,7 +181,7 @@ def test_pathfinder_released(tmp_path):
 
 
 def test_pathfinder_of_another_size(tmp_path):
-    files, _ = pathfinder_files(size=16)
+    files, _ = made.pathfinder_files(size=16)
     files = {name.replace("pathfinder16", "pathfinder32"): content
              for name, content in files.items()}
     with pytest.raises(DataError, match="16 x 16 pixels, mode L, expected 1024"):
@@ -348,38 +205,3 @@ def test_pathfinder_generated(tmp_path, monkeypatch):
     assert x.shape == (1, 128**2) and mask.all()
     with pytest.raises(DataError, match="no option seed=3; take .*contour_length"):
         prepare("pathfinder", tmp_path, generate=dict(seed=3))
-
-
-# Every task
-
-
-RELEASES = {"listops": listops_files, "text": imdb_files, "retrieval": retrieval_files,
-            "image": lambda: cifar()[2], "pathfinder": lambda: pathfinder_files()[0]}
-
-
-@pytest.mark.parametrize("task", RELEASES)
-def test_what_file_managers_leave_behind_is_never_read(task, tmp_path):
-    files = RELEASES[task]()
-    left = {}
-    for name, content in files.items():
-        folder, _, file = name.rpartition("/")
-        left[f"{folder}/._{file}"] = left[f"{folder}/.hidden/{file}"] = b"\0\5\26\7" + content
-        left[f"__MACOSX/{folder}/._{file}"] = left[f"__MACOSX/{name}"] = b"\0\5\26\7"
-        left[f"{folder}/Thumbs.db"] = left[f"{folder}/.DS_Store"] = b"\0\0\0\1Bud1"
-        stem, dot, suffix = file.partition(".")
-        left[f"{folder}/{stem} copy{dot}{suffix}"] = left[f"{folder}/{file}~"] = content
-    clean = stored(prepare(task, tmp_path / "data", source=archive(tmp_path / "clean.tar", files)))
-    touched = {**left, **files}
-    for source in (archive(tmp_path / "touched.tar.gz", touched),
-                   unpack(tmp_path / "touched", touched)):
-        assert stored(prepare(task, tmp_path / "data", source=source)) == clean
-
-
-def test_a_file_that_is_there_twice(tmp_path):
-    with tarfile.open(tmp_path / "twice.tar", "w") as tar:
-        for name, content in [*listops_files().items()][:1] * 2:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    with pytest.raises(DataError, match="holds basic_train.tsv twice"):
-        prepare("listops", tmp_path / "data", source=tmp_path / "twice.tar")
