@@ -19,10 +19,11 @@ import torch
 
 from attention import MECHANISMS
 from data import text
+from data.folders import expecting
 from engine import options, pretrained
 from engine.checkpoint import load_weights
 from engine.device import Compute
-from engine.options import DATA
+from engine.options import DATA, not_empty
 from engine.run import open_run
 from engine.trainer import Task, Trainer, TrainerConfig
 from model import GPT, ModelConfig
@@ -31,10 +32,10 @@ from model import GPT, ModelConfig
 @dataclass
 class Config(TrainerConfig, ModelConfig):
     dataset: Annotated[str, "shakespeare, tinyshakespeare, tinystories, openwebtext, fineweb, or "
-                            "path/to/text.txt", DATA] = "shakespeare"
+                            "path/to/text.txt", DATA, not_empty] = "shakespeare"
     tokenizer: Annotated[Literal["auto", "char", "gpt2", "bytes"],
                          "auto: gpt2 for the three large datasets, else char", DATA] = "auto"
-    data_dir: Annotated[str, "where prepared data is kept"] = "data"
+    data_dir: Annotated[str, "where prepared data is kept", not_empty] = "data"
     init_from: Annotated[str, "scratch, resume, auto (resume if there is something to resume), "
                               "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face GPT-2 "
                               "folder"] = "scratch"
@@ -93,9 +94,14 @@ class LanguageModelling(Task):
         model(x)  # no mask to return: all tokens are real
 
     def state(self) -> dict:
-        splits = self.meta["splits"].items()
-        return {"tokenizer": self.meta["tokenizer"], "vocab_size": self.meta["vocab_size"],
-                "data_sha256": {name: split["sha256"] for name, split in splits}}
+        return identity(self.meta)
+
+
+def identity(meta: dict) -> dict:
+    """What identifies prepared text: of its meta.json, what a checkpoint keeps."""
+    hashes = {name: split["sha256"] for name, split in meta["splits"].items()}
+    return {"tokenizer": meta["tokenizer"], "vocab_size": meta["vocab_size"],
+            "data_sha256": hashes}
 
 
 def open(config: Config, compute: Compute) -> tuple[LanguageModelling, GPT]:
@@ -113,7 +119,7 @@ def main():
     if run.fresh and run.config.init_from not in ("scratch", "auto"):
         weights = pretrained.start(run)
     config = run.config
-    with run.compute() as compute:
+    with run.compute() as compute, expecting(identity, run.saved):
         task, model = open(config, compute)
         if weights:
             pretrained.check_vocabulary(config.init_from, weights, task.meta)

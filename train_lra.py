@@ -24,10 +24,11 @@ import numpy as np
 import torch
 
 from data import listops, lra
+from data.folders import expecting
 from data.order import Shuffled
 from engine import checkpoint, options
 from engine.device import Compute
-from engine.options import DATA, FREE, UserError, at_least
+from engine.options import DATA, FREE, UserError, at_least, not_empty
 from engine.run import RESULT, open_run
 from engine.trainer import Task, Trainer, TrainerConfig
 from model import Classifier, ModelConfig
@@ -47,7 +48,8 @@ class Config(TrainerConfig, ModelConfig):
     task: Annotated[Literal[TASKS], "what to classify", DATA] = "listops"
     source: Annotated[str, "released archive or folder to read; empty: generate, or look in "
                            "data_dir", DATA] = ""
-    data_dir: Annotated[str, "where prepared data is kept and downloads are looked for"] = "data"
+    data_dir: Annotated[str, "where prepared data is kept and downloads are looked for",
+                        not_empty] = "data"
     n_train: Annotated[int, "generated training samples", DATA] = 50000
     n_val: Annotated[int, "generated validation samples", DATA] = 2000
     n_test: Annotated[int, "generated test samples", DATA] = 2000
@@ -140,8 +142,13 @@ class Classification(Task):
         return mask.view(-1, mask.size(-1))  # the towers of a pair are sequences of their own
 
     def state(self) -> dict:
-        names = ("task", "classes", "vocab_size", "towers", "block_size", "seed", "counts", "sizes")
-        return {name: self.meta[name] for name in names}
+        return identity(self.meta)
+
+
+def identity(meta: dict) -> dict:
+    """What identifies prepared data: of its meta.json, what a checkpoint keeps."""
+    names = ("task", "classes", "vocab_size", "towers", "block_size", "seed", "counts", "sizes")
+    return {name: meta[name] for name in names}
 
 
 def prepare(config: Config) -> Path:
@@ -231,7 +238,7 @@ def preset_of_task(argv: list[str]) -> list[str]:
 def main():
     run = open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
     config = run.config
-    with run.compute() as compute:
+    with run.compute() as compute, expecting(identity, run.saved):
         task, model = open(config, compute)
         if compute.main:
             meta = task.meta

@@ -30,7 +30,7 @@ from data.images import open_data
 from data.order import spread
 from engine import checkpoint, options
 from engine.device import Compute
-from engine.options import DATA, FREE, DataError, at_least
+from engine.options import DATA, FREE, DataError, at_least, not_empty
 from engine.run import open_run
 from engine.trainer import Task, Trainer, TrainerConfig
 from vision.drawing import show
@@ -41,7 +41,7 @@ from vision.models import TASKS, Vision, VisionConfig, detections
 class Config(TrainerConfig, VisionConfig):
     source: Annotated[str, "CIFAR-10's archive, or a COCO folder; empty: generated shapes",
                       DATA] = ""
-    data_dir: Annotated[str, "where data that was read is kept"] = "data"
+    data_dir: Annotated[str, "where data that was read is kept", not_empty] = "data"
     n_val: Annotated[int, "generated validation images", DATA, at_least(1)] = 500
     show: Annotated[int, "validation images whose predictions are drawn, as PNG in out_dir",
                     FREE, at_least(0)] = 0

@@ -36,10 +36,32 @@ def ensure(folder: Path, fill: Callable[[Path], dict]):
         work.mkdir()
         try:
             meta = fill(work)
+            if not all(is_right(meta) for is_right in _expected):
+                raise DataError("the data is not what the run was trained on: restore it, or start "
+                                "anew in another --out_dir")
             (work / "meta.json").write_text(json.dumps(meta, indent=1))
             work.rename(folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+_expected: list[Callable[[dict], bool]] = []
+
+
+@contextmanager
+def expecting(identity: Callable[[dict], dict], saved: dict | None):
+    """A context in which `ensure` keeps no other data than a checkpoint's, given as `saved`.
+
+    A checkpoint may come from anywhere, and name any file of this machine as its data.
+    identity(meta) is the part of meta.json that a checkpoint has as saved["task"].
+    """
+    if saved:
+        _expected.append(lambda meta: identity(meta) == saved["task"])
+    try:
+        yield
+    finally:
+        if saved:
+            _expected.pop()
 
 
 def read_meta(folder: str | Path) -> dict:

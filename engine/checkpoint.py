@@ -83,6 +83,8 @@ def check(state):
     for key, kind in TYPES.items():
         if key in state and not isinstance(state[key], kind):
             raise ValueError(f"its {key} is a {type(state[key]).__name__}")
+    if "ranks" in state and not (state["ranks"] and isinstance(state["ranks"][0], dict)):
+        raise ValueError("its ranks have no state")
     # A size that the weights cannot have would be built before it is compared with them.
     weights = state.get("model", {}).values()
     numbers = sum(w.numel() for w in weights if isinstance(w, torch.Tensor))

@@ -58,6 +58,8 @@ def pick_device(name: str) -> torch.device:
 
 def pick_dtype(name: str, device: torch.device, n_embd: int) -> str:
     """"auto" -> bfloat16 where the hardware multiplies it natively and the model gains by it."""
+    if name not in ("auto", *DTYPES):
+        raise UserError(f"dtype={name} is unknown: choose auto, {', '.join(DTYPES)}")
     if name == "float16" and device.type == "cpu":
         raise UserError("--dtype=float16 is for GPUs: use --dtype=bfloat16 or float32 on a CPU")
     if name != "auto":

@@ -284,21 +284,25 @@ def restore_state(trainer, saved: dict):
     """What `save_state` has written."""
     compute, meter = trainer.compute, trainer.meter
     checkpoint.restore_model(trainer.raw, trainer.task, saved, trainer.folder)
-    groups = trainer.optimizer.state_dict()["param_groups"]  # rates and decay: from the options
-    trainer.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
-    if saved["scaler"]:  # empty where the run was not in float16
-        trainer.scaler.load_state_dict(saved["scaler"])
-    trainer.step = saved["step"]
-    trainer.evaluated = saved["evaluated"]
-    trainer.best = saved["best"]
-    meter.train_seconds = saved["train_seconds"]
-    meter.tokens = saved["tokens"]
-    ranks = saved["ranks"]
-    meter.restore(ranks)
-    if len(ranks) == compute.world:
-        compute.set_random_state(ranks[compute.rank]["random"])
-    else:  # another number of processes: new dropout
-        torch.manual_seed(trainer.config.seed * 1_000_003 + compute.rank + trainer.step)
+    try:
+        groups = trainer.optimizer.state_dict()["param_groups"]  # rates and decay: from the options
+        trainer.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+        if saved["scaler"]:  # empty where the run was not in float16
+            trainer.scaler.load_state_dict(saved["scaler"])
+        trainer.step = saved["step"]
+        trainer.evaluated = saved["evaluated"]
+        trainer.best = saved["best"]
+        meter.train_seconds = saved["train_seconds"]
+        meter.tokens = saved["tokens"]
+        ranks = saved["ranks"]
+        meter.restore(ranks)
+        if len(ranks) == compute.world:
+            compute.set_random_state(ranks[compute.rank]["random"])
+        else:  # another number of processes: new dropout
+            torch.manual_seed(trainer.config.seed * 1_000_003 + compute.rank + trainer.step)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise UserError(f"the checkpoint in {trainer.folder} cannot be used: "
+                        f"{type(e).__name__}, {checkpoint.first_line(e)}") from None
 
 
 class StopSignal:

