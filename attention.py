@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-# Unconverged on purpose: a regularised inverse. Many more iterations blow up in float32 on
-# ill-conditioned matrices.
+# Unconverged on purpose: a regularised inverse. Many more blow up in float32.
 PINV_ITERATIONS = 6
 
 

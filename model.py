@@ -63,10 +63,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, causal: bool):
         super().__init__()
-        self.layer = layer
-        self.causal = causal
-        self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.layer, self.causal = layer, causal
+        self.n_head, self.dropout = config.n_head, config.dropout
         mechanism = MECHANISMS[config.attention]
         options = {name: getattr(config, name) for name in mechanism.options}
         self.mechanism = partial(mechanism.function, **options)
@@ -77,8 +75,7 @@ class Attention(nn.Module):
             self.skip = nn.Conv2d(self.n_head, self.n_head, (size, 1), padding=(size // 2, 0),
                                   groups=self.n_head, bias=False)
         # Power 0 is plain attention, so that with and without C are one code path.
-        self.grad = config.precond_grad
-        self.eps = config.precond_eps
+        self.grad, self.eps = config.precond_grad, config.precond_eps
         self.power = config.precond_power if config.precond else 0.0
         if self.power == "learned":
             self.power = nn.Parameter(torch.full((self.n_head,), LEARNED_FROM))

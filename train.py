@@ -53,10 +53,8 @@ class LanguageModelling(Task):
     objective = "val_loss"
 
     def __init__(self, config: Config, folder):
-        self.folder = folder
-        self.meta = text.read_meta(folder)
-        self.batch_size = config.batch_size
-        self.block_size = config.block_size
+        self.folder, self.meta = folder, text.read_meta(folder)
+        self.batch_size, self.block_size = config.batch_size, config.block_size
         self.train = text.Tokens(folder, "train")
         self.val = text.Tokens(folder, "val")
         self.blocks = text.Blocks(self.train, config.block_size, config.seed)
@@ -77,8 +75,8 @@ class LanguageModelling(Task):
         starts = self.val_starts[compute.rank::compute.world]
         total = 0.0
         for i in range(0, len(starts), self.batch_size):
-            window = self.val.gather(starts[i:i + self.batch_size], self.block_size + 1)
-            window = torch.from_numpy(window)
+            few = starts[i:i + self.batch_size]
+            window = torch.from_numpy(self.val.gather(few, self.block_size + 1))
             x, y = compute.move(window[:, :-1], window[:, 1:])
             with compute.autocast():
                 _, loss = model(x, y)
@@ -99,9 +97,8 @@ class LanguageModelling(Task):
 
 def identity(meta: dict) -> dict:
     """What identifies prepared text: of its meta.json, what a checkpoint keeps."""
-    hashes = {name: split["sha256"] for name, split in meta["splits"].items()}
     return {"tokenizer": meta["tokenizer"], "vocab_size": meta["vocab_size"],
-            "data_sha256": hashes}
+            "data_sha256": {name: split["sha256"] for name, split in meta["splits"].items()}}
 
 
 def open(config: Config, compute: Compute) -> tuple[LanguageModelling, GPT]:
@@ -134,8 +131,7 @@ def main():
         if config.eval_only:
             run.evaluate(task, model, compute)
             return
-        trainer = Trainer(config, task, model, compute, run.saved)
-        run.finish(trainer.run(), compute)
+        run.finish(Trainer(config, task, model, compute, run.saved).run(), compute)
         if compute.main:
             print(f"""\
 next: python sample.py --out_dir={config.out_dir}        # text from the best checkpoint

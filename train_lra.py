@@ -251,6 +251,12 @@ def main():
         if not config.eval_only:
             run.finish(Trainer(config, task, model, compute, run.saved).run(), compute)
         test(config, task, model, compute)
+        if compute.main and not config.eval_only:
+            out = config.out_dir
+            print(f"""\
+next: python train_lra.py {config.task} --eval_only --show=5 --out_dir={out}   # predictions
+      python plot.py {out}                    # figures (requirements-extra.txt)
+      python compare.py train_lra.py {config.task} --vary precond=False,True --seeds=3""")
 
 
 if __name__ == "__main__":

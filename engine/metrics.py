@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,8 @@ class MetricsLog:
         self.lock = lock
         self.path = folder / "metrics.jsonl"
         self.latest = {}
+        self.first, self.total = max(step, 0), total
+        self.begun = time.monotonic()
         # What can fail comes before anything is lost.
         self.board = open_tensorboard(folder, step + 1) if tensorboard else None
         self.wandb = open_wandb(folder, wandb, resumed=step >= 0) if wandb else None
@@ -81,7 +84,7 @@ class MetricsLog:
         self.bar = None
         if sys.stderr.isatty():
             form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-            self.bar = tqdm(total=total, initial=max(step, 0), dynamic_ncols=True, bar_format=form)
+            self.bar = tqdm(total=total, initial=self.first, dynamic_ncols=True, bar_format=form)
 
     def keep_until(self, step: int):
         """Drop the records after `step`, and a last line that a kill left unfinished."""
@@ -120,7 +123,7 @@ class MetricsLog:
         if self.bar is not None:
             self.bar.set_postfix_str(summary(self.latest, terse=True))
         if self.bar is None or evaluated:
-            self.say(f"step {record['step']}: {summary(record)}")
+            self.say(f"step {record['step']}: {summary(record)}{self.left(record['step'])}")
 
     def send(self, record: dict):
         """To TensorBoard and wandb; a list becomes a number for each layer."""
@@ -135,6 +138,14 @@ class MetricsLog:
                 self.board.add_scalar(name, value, record["step"])
         if self.wandb is not None:
             self.wandb.log(numbers, step=record["step"])
+
+    def left(self, step: int) -> str:
+        """The time that the rest will take, where no bar shows it."""
+        done = step - self.first
+        if self.bar is not None or done <= 0 or step >= self.total:
+            return ""
+        seconds = (time.monotonic() - self.begun) / done * (self.total - step)
+        return f", {tqdm.format_interval(seconds)} left"
 
     def say(self, text: str):
         """Print a line above the bar."""

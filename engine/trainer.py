@@ -72,9 +72,7 @@ class Trainer:
 
     def __init__(self, config: TrainerConfig, task: Task, model: torch.nn.Module,
                  compute: Compute, saved: dict | None = None):
-        self.config = config
-        self.task = task
-        self.compute = compute
+        self.config, self.task, self.compute = config, task, compute
         self.folder = Path(config.out_dir)
         tuned = config.tune_malloc and compute.device.type == "cpu" and tune_allocator()
         # Checkpoints are of the raw model: compiling and DDP put prefixes before its keys.
