@@ -27,6 +27,8 @@ def ensure(folder: Path, fill: Callable[[Path], dict]):
     """
     if folder.exists():
         return
+    if _missing:
+        raise DataError(_missing)
     work = folder.parent / ".tmp" / folder.name
     work.parent.mkdir(parents=True, exist_ok=True)
     with _locked(work.with_name(work.name + ".lock")):
@@ -98,3 +100,17 @@ def _locked(path: Path):
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+_missing = None  # what `ensure` says instead of making a folder
+
+
+@contextmanager
+def only_prepared(missing: str):
+    """A context in which `ensure` makes no folder: where there is none, DataError(missing)."""
+    global _missing
+    _missing = missing
+    try:
+        yield
+    finally:
+        _missing = None

@@ -1,104 +1,204 @@
-"""The runs of a comparison: what identifies one, how far it is, and the progress of them all."""
-import ast
-import functools
-import hashlib
+"""Runs as their folders tell of them, finished or still training: read, grouped, as curves."""
 import json
-import os
-import re
-import subprocess
-import sys
-import time
-from dataclasses import dataclass
+import tomllib
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
-from tqdm import tqdm
+import numpy as np
+
+import train
+import train_lra
+import train_vision
+from engine import options
+from engine.metrics import judging
+from engine.options import FREE, UserError
+from engine.run import RESULT
+
+SCRIPTS = {"train.py": train, "train_lra.py": train_lra, "train_vision.py": train_vision}
+NEEDED = {"seed", "precond", "n_layer", "grad_clip"}  # options without which there is no figure
+
+
+def script_of(config: dict) -> ModuleType:
+    """The script that wrote a run: its Config has all of the run's options.
+
+    A run of another version may have options that none knows; then it is the one with most.
+    """
+    def unknown(script):
+        return len(config.keys() - options.options(script.Config).keys())
+    return min(SCRIPTS.values(), key=unknown)
 
 
 @dataclass
 class Run:
-    arm: str
-    seed: int
-    words: list[str]
+    """What a run's folder says."""
     folder: Path
-    steps: int
-    init_from: str
-    identity: dict
-    process: subprocess.Popen | None = None
+    config: dict  # its options
+    records: list[dict]  # of metrics.jsonl, in order
+    ended: dict = field(default_factory=dict)  # what compare.py wrote at its end: record.json
+    test: float | None = None  # accuracy on a test split
 
-    def ended(self) -> bool:
-        return (self.folder / "record.json").exists()
-
-    def step(self) -> int:
-        """The last step in its metrics.jsonl; all of them for a run that has ended."""
-        if self.ended():
-            return self.steps
+    @classmethod
+    def read(cls, folder: Path) -> "Run":
+        """A run to draw. Raises UserError where there is none, or nothing to draw of it yet."""
         try:
-            with open(self.folder / "metrics.jsonl", "rb") as f:
-                f.seek(max(0, f.seek(0, os.SEEK_END) - 10_000))  # a look costs the runs nothing, however long the file
-                found = re.findall(rb'^\{"step": (\d+),', f.read(), re.MULTILINE)
-        except FileNotFoundError:
-            return 0
-        return int(found[-1]) if found else 0
+            records = read_records(folder)
+            config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        except OSError as e:
+            hint = ""
+            if (folder / "runs").is_dir():
+                hint = f". It holds a comparison: draw {folder / 'runs' / '*'}"
+            raise UserError(f"{folder} is not the folder of a run: "
+                            f"{e.filename}: {e.strerror}{hint}") from None
+        except ValueError as e:
+            raise UserError("the metrics.jsonl or config.toml of "
+                            f"{folder} is damaged: {e}") from None
+        if lacking := sorted(NEEDED - config.keys()):
+            raise UserError(f"{folder / 'config.toml'} lacks {', '.join(lacking)}: "
+                            f"was it written by {' or '.join(SCRIPTS)}?")
+        run = cls(folder, config, records)
+        if len(run.evaluations) < 2 or not any("grad_norm" in r for r in records):
+            raise UserError(f"{folder} holds fewer than two evaluations: nothing to draw yet, "
+                            "let it train")
+        return run
+
+    @classmethod
+    def read_ended(cls, folder: Path) -> "Run":
+        """A run of compare.py. Raises UserError unless it was trained to its end or diverged."""
+        anew = "remove the folder and type the command again"
+        try:
+            ended = json.loads((folder / "record.json").read_text())
+            run = cls(folder, ended["identity"]["config"], [], ended)
+            if not run.diverged:
+                run.records = read_records(folder)
+            if (folder / RESULT).exists():
+                run.test = json.loads((folder / RESULT).read_text())["test_accuracy"]
+        except (OSError, ValueError) as e:
+            raise UserError(f"{folder} holds no finished run ({e}): {anew}") from None
+        if not run.diverged and not run.metric:
+            raise UserError(f"{folder} ended without an evaluation: {anew}")
+        return run
+
+    @property
+    def seed(self) -> int:
+        return self.config["seed"]
+
+    @property
+    def diverged(self) -> str | None:
+        """The line with which it stopped, where its loss was not finite."""
+        return self.ended.get("diverged")
+
+    @property
+    def evaluations(self) -> list[dict]:
+        return [r for r in self.records if judging(r)]
+
+    @property
+    def metric(self) -> str | None:
+        """What the run is judged by; None before its first evaluation."""
+        return judging(self.evaluations[-1]) if self.evaluations else None
+
+    @property
+    def final(self) -> float:
+        return self.evaluations[-1][self.metric]
+
+    def along(self, x: str) -> dict[int, float]:
+        """{step: x} of all records; x: step, tokens, seconds."""
+        result = {}
+        tokens = 0
+        for r in self.records:
+            tokens = r.get("tokens", tokens)
+            result[r["step"]] = {"step": r["step"], "tokens": tokens, "seconds": r["elapsed_s"]}[x]
+        return result
 
 
-class Progress:
-    """A bar over the steps of all runs, or where output is not a terminal a line for each run that ends."""
-
-    def __init__(self, steps: int, runs: int):
-        self.steps, self.runs, self.kept, self.done, self.ended, self.since = steps, runs, 0, 0, 0, time.monotonic()
-        self.bar = tqdm(total=steps, unit="step", smoothing=0, dynamic_ncols=True) if sys.stderr.isatty() else None
-
-    def keep(self, run: Run):
-        """Count what a run has already done; it says nothing about the speed."""
-        self.kept, self.done, self.ended = self.kept + run.step(), self.done + run.step(), self.ended + run.ended()
-        if self.bar is not None:
-            self.bar.initial, self.bar.n = self.kept, self.done
-
-    def advance(self, steps: int, said: str):
-        self.done += steps
-        if self.bar is not None:
-            self.bar.set_postfix_str(said, refresh=False)
-            self.bar.update(steps)
-
-    def say(self, run: Run, how: str):
-        self.ended += 1
-        if self.bar is None:
-            rate = (self.done - self.kept) / (time.monotonic() - self.since)
-            left = f", about {tqdm.format_interval((self.steps - self.done) / rate)} left" if rate else ""
-            print(f"{run.arm}, seed {run.seed}: {how} ({self.ended} of {self.runs} runs{left})", flush=True)
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
+Groups = dict[str, list[Run]]
 
 
-def code_hash(script: Path) -> str:
-    """Of the script and of every module of this project that it imports, directly or not, without comments and docstrings."""
-    root, pending, seen = script.parent, [script], {}
-    while pending:
-        path = pending.pop()
-        if path in seen:
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{name}" for name in names)]
-            files = [root / (name.replace(".", "/") + ".py") for name in names]
-            pending += [file for file in files if file.exists()]
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-                del node.body[0]
-        seen[path] = ast.dump(tree)
-    text = json.dumps({path.relative_to(root).as_posix(): tree for path, tree in seen.items()}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def read_records(folder: Path) -> list[dict]:
+    """The records of a run. Raises OSError, ValueError and, for a damaged line, UserError."""
+    path = folder / "metrics.jsonl"
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(True), 1):
+        if not line.endswith("\n"):
+            break  # a run that is writing, or was killed while it wrote
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}: line {number} is damaged: leave this run out, "
+                            "or train it anew") from None
+    return records
 
 
-@functools.cache
-def content(path: str) -> str:
-    """A hash of what a file holds, or of a folder's files: their names, their sizes, and what models and annotations hold."""
-    if os.path.isfile(path):
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-    files = sorted((p.relative_to(path).as_posix(), content(str(p)) if p.suffix in (".safetensors", ".json") else p.stat().st_size)
-                   for p in Path(path).rglob("*") if p.is_file())
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+def identity(config: dict) -> dict:
+    """The options that decide a run's result.
+
+    However it was started or resumed, a run from scratch is one.
+    """
+    free = options.marked(script_of(config).Config, FREE)
+    decisive = {key: value for key, value in config.items() if key not in free}
+    if decisive.get("init_from") in ("auto", "resume"):
+        decisive["init_from"] = "scratch"
+    return decisive
+
+
+def group(folders: list[Path], labels: str = "") -> dict[str, list[Path]]:
+    """Label -> folders of the runs that differ only in their seed and in what changes no result.
+
+    labels: names for them, separated by commas, in order of appearance. Raises UserError.
+    """
+    kinds = []  # (identity without the seed, its folders)
+    for folder in folders:
+        mine = identity(Run.read(folder).config)
+        del mine["seed"]
+        same = next((members for kind, members in kinds if kind == mine), None)
+        if same is None:
+            same = []
+            kinds.append((mine, same))
+        same.append(folder)
+    names = [name.strip() for name in labels.split(",")]
+    if not labels:
+        names = name_kinds([kind for kind, _ in kinds])
+    if len(names) != len(kinds) or len(set(names)) != len(names):
+        firsts = ", ".join(str(members[0]) for _, members in kinds)
+        raise UserError(f"--labels={labels}: give {len(kinds)} different labels, "
+                        f"for the groups of {firsts}")
+    return {name: members for name, (_, members) in zip(names, kinds)}
+
+
+def name_kinds(kinds: list[dict]) -> list[str]:
+    """Each configuration's name: the options in which they differ.
+
+    precond's own are named only where it is on, if that tells the configurations apart.
+    """
+    keys = [key for key in dict.fromkeys(key for kind in kinds for key in kind)
+            if len({kind.get(key) for kind in kinds}) > 1] or ["precond"]
+    keys.sort(key=lambda key: not key.startswith("precond"))
+
+    def name(kind: dict, terse: bool) -> str:
+        silent = terse and not kind.get("precond")
+        return ", ".join(f"{key}={kind.get(key)}" for key in keys
+                         if not (silent and key.startswith("precond_")))
+    names = [name(kind, terse=True) or "precond=False" for kind in kinds]
+    if len(set(names)) < len(kinds):
+        names = [name(kind, terse=False) for kind in kinds]
+    return names
+
+
+def series(runs: list[Run], name: str, x: str, layer: int | None = None
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """-> x (n,), its mean over the runs, and values (runs, n) of the metric `name`.
+
+    The n steps are those at which all runs have it. None stands for infinity.
+    """
+    tables = []
+    for run in runs:
+        values = {r["step"]: r[name] for r in run.records if name in r}
+        if layer is not None:
+            values = {step: layers[layer] for step, layers in values.items()}
+        tables.append(values)
+    steps = sorted(set(tables[0]).intersection(*tables))
+    values = [[np.inf if table[step] is None else table[step] for step in steps]
+              for table in tables]
+    places = [run.along(x) for run in runs]
+    xs = np.array([[place[step] for step in steps] for place in places], float)
+    return xs.mean(axis=0), np.array(values, float)

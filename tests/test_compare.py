@@ -11,11 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 import compare
-import plot
-from study import report
-from study import runs
-from study import stats
 from engine import trainer
+from study import figures, launch, report, runs, stats
+from study.arms import make_arms
 from conftest import SMALL, error, read_metrics
 
 TINY = [*SMALL, "--max_iters=6", "--eval_interval=2", "--log_interval=1", "--warmup_iters=2"]
@@ -52,13 +50,13 @@ def fake(tmp_path, monkeypatch):
     def record(metric):
         path = tmp_path / "fake.py"
         path.write_text(f"METRIC = {metric!r}\n" + textwrap.dedent(FAKE))
-        command = compare.Comparison.command
+        command = launch.Comparison.command
         if not hasattr(command, "faked"):
             def replaced(self, run):
                 return [sys.executable, "-S", str(path), *command(self, run)[2:]]
             replaced.faked = True
-            monkeypatch.setattr(compare.Comparison, "command", replaced)
-    monkeypatch.setattr(compare, "POLL", 0.01)
+            monkeypatch.setattr(launch.Comparison, "command", replaced)
+    monkeypatch.setattr(launch, "POLL", 0.01)
     record("val_loss")
     return record
 
@@ -80,20 +78,20 @@ def folders(out):
 def test_pairs_are_exact_and_stopping_changes_nothing(corpus, tmp_path, call, monkeypatch):
     off, on, again = ["--arm", "off: precond=False"], ["--arm", "on: precond=True"], ["--arm", "again: log_interval=2"]
     common = ["train.py", *TINY, *corpus, "--seeds=2"]
-    monkeypatch.setattr(compare, "POLL", 0.05)
+    monkeypatch.setattr(launch, "POLL", 0.05)
     code, out, _ = call(compare, *common, *off, *on, f"--out_dir={tmp_path / 'whole'}")
     whole = json.loads((tmp_path / "whole/compare.json").read_text())
     assert code == 0 and 0 not in whole["arms"]["on"]["differences"]
     assert "tokens/s" in out and (tmp_path / "whole/compare.md").read_text() in out
 
-    ended, stopped = runs.Run.ended, []
+    ended, stopped = launch.Job.ended, []
 
     def interrupting(self):  # when a run has begun
         if not stopped and self.process and (self.folder / "ckpt.pt").exists():
             stopped.append(os.kill(os.getpid(), signal.SIGTERM))
         return ended(self)
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "ended", interrupting)
+        patch.setattr(launch.Job, "ended", interrupting)
         code, _, err = call(compare, *common, *off, *again, "--jobs=2", f"--out_dir={tmp_path / 'parts'}")
     assert code == 143 and "Type the same command again" in err and not (tmp_path / "parts/compare.json").exists()
     code, out, _ = call(compare, *common, *off, *again, f"--out_dir={tmp_path / 'parts'}")
@@ -170,8 +168,10 @@ def test_arms_that_cannot_be_told_apart(tmp_path):
 
 
 def test_reaching_the_target_on_few_seeds_is_not_reaching_it():
-    runs_ = [report.Result(1, "val_loss", 1.0, None, True, [(0, 0.0, 3.0), (5, 1.0, 2.0), (9, 2.0, 1.0)], {}, None, {})]
-    assert report.reached(runs_[0], 2.0) == (5, 1.0) and report.reached(runs_[0], 0.5) is None
+    records = [{"step": step, "elapsed_s": seconds, "val_loss": loss}
+               for step, seconds, loss in ((0, 0.0, 3.0), (5, 1.0, 2.0), (9, 2.0, 1.0))]
+    run = runs.Run(None, {"seed": 1}, records)
+    assert report.reached(run, 2.0) == (5, 1.0) and report.reached(run, 0.5) is None
 
 
 def test_each_arm_gets_its_own_rate_from_other_seeds(study, tmp_path):
@@ -189,8 +189,8 @@ def test_each_arm_gets_its_own_rate_from_other_seeds(study, tmp_path):
 def test_finished_runs_are_kept_and_others_never_mixed(study, tmp_path, monkeypatch):
     arguments = ["--vary", "precond_power=0,1", "--seeds=2", "--dataset", str(tmp_path / "text.txt")]
     (tmp_path / "text.txt").write_text("a text")
-    start, started = compare.Comparison.start, []
-    monkeypatch.setattr(compare.Comparison, "start", lambda self, run: started.append(run.folder.name) or start(self, run))
+    start, started = launch.Comparison.start, []
+    monkeypatch.setattr(launch.Comparison, "start", lambda self, run: started.append(run.folder.name) or start(self, run))
     first = study(*arguments)[1]
     assert len(started) == 4
     assert study(*arguments)[1] == first and len(started) == 4
@@ -198,12 +198,12 @@ def test_finished_runs_are_kept_and_others_never_mixed(study, tmp_path, monkeypa
     assert len(started) == 6  # the third seed of each arm: the others are the same runs
     study(*arguments, "--learning_rate=2e-3")
     study(*arguments, "--threads=2")
-    monkeypatch.setattr(compare.torch, "__version__", "0")
+    monkeypatch.setattr(launch.torch, "__version__", "0")
     study(*arguments)
-    monkeypatch.setattr(compare, "code_hash", lambda script: "another code")
+    monkeypatch.setattr(launch, "code_hash", lambda script: "another code")
     study(*arguments)
     (tmp_path / "text.txt").write_text("another text")
-    runs.content.cache_clear()
+    launch.content.cache_clear()
     study(*arguments)
     assert len(started) == len(set(started)) == 6 + 5 * 4
 
@@ -214,19 +214,19 @@ def test_the_code_that_a_run_imports(tmp_path):
                "data/far.py": "def f():\n    import last\n", "last.py": "y = 1\n", "unused.py": "z = 1\n"}
     for name, source in sources.items():
         (tmp_path / name).write_text(source)
-    before = runs.code_hash(tmp_path / "script.py")
+    before = launch.code_hash(tmp_path / "script.py")
     (tmp_path / "unused.py").write_text("z = 2\n")
     (tmp_path / "near.py").write_text('"""New documentation."""\nx = 1  # a comment\n')
-    assert runs.code_hash(tmp_path / "script.py") == before
+    assert launch.code_hash(tmp_path / "script.py") == before
     for name in ("near.py", "data/far.py", "last.py", "script.py"):
         (tmp_path / name).write_text(sources[name] + "new = 1\n")
-        assert runs.code_hash(tmp_path / "script.py") != before
-        before = runs.code_hash(tmp_path / "script.py")
+        assert launch.code_hash(tmp_path / "script.py") != before
+        before = launch.code_hash(tmp_path / "script.py")
 
 
 def test_code_that_changes_meanwhile_stops_the_comparison(study, monkeypatch):
     hashes = iter(["one", "one", "one", "two"])
-    monkeypatch.setattr(compare, "code_hash", lambda script: next(hashes))
+    monkeypatch.setattr(launch, "code_hash", lambda script: next(hashes))
     assert "was changed meanwhile" in error(study("--vary", "precond_power=0,1", "--seeds=2")[0])
 
 
@@ -249,15 +249,15 @@ def test_a_failed_run_stops_everything(study, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_lets_the_runs_save(number, code, study, tmp_path, monkeypatch):
-    sleep, begun = compare.time.sleep, []
+    sleep, begun = launch.time.sleep, []
 
     def interrupt(seconds):
         if not begun and any((f / "metrics.jsonl").exists() for f in folders(tmp_path / "out") if "=9" in f.name):
             begun.append(os.kill(os.getpid(), number))
         sleep(seconds)
-    monkeypatch.setattr(compare.time, "sleep", interrupt)
+    monkeypatch.setattr(launch.time, "sleep", interrupt)
     result = study("--vary", "precond_power=0,9", "--seeds=2")[0]
-    assert result[0] == code and signal.getsignal(number) != compare.Comparison.stop
+    assert result[0] == code and signal.getsignal(number) != launch.Comparison.stop
     assert sum((f / "record.json").exists() for f in folders(tmp_path / "out")) == 1
     assert (folders(tmp_path / "out")[-1] / "saved").exists()
     (code, out, _), _ = study("--vary", "precond_power=0,9", "--seeds=2")
@@ -283,8 +283,8 @@ def test_a_folder_that_cannot_be_written(call, tmp_path):
 
 
 def test_a_run_left_behind_keeps_its_folder(fake, tmp_path, monkeypatch):
-    comparison = compare.Comparison(["train.py", "--vary", "precond_power=9,0", "--seeds=2", f"--out_dir={tmp_path / 'out'}"])
-    run = comparison.run_of(comparison.arms[0], 1)
+    comparison = compare.read(["train.py", "--vary", "precond_power=9,0", "--seeds=2", f"--out_dir={tmp_path / 'out'}"])
+    run = comparison.job(comparison.arms[0], 1)
     comparison.folder.mkdir()
     with open(comparison.folder / "lock", "w") as comparison.lock:
         fcntl.flock(comparison.lock, fcntl.LOCK_EX)
@@ -298,9 +298,9 @@ def test_a_run_left_behind_keeps_its_folder(fake, tmp_path, monkeypatch):
 
 
 def test_pretrained_weights_are_read_once(tmp_path):
-    starts = [compare.Comparison(["train.py", "--vary", "precond=False,True", f"--init_from={name}", f"--out_dir={tmp_path}"])
+    starts = [compare.read(["train.py", "--vary", "precond=False,True", f"--init_from={name}", f"--out_dir={tmp_path}"])
               for name in ("gpt2", "scratch", "auto")]
-    gpt2, scratch, auto = [comparison.run_of(comparison.arms[0], 1) for comparison in starts]
+    gpt2, scratch, auto = [comparison.job(comparison.arms[0], 1) for comparison in starts]
     assert scratch.folder == auto.folder != gpt2.folder
     assert starts[0].command(gpt2)[-1] == "--init_from=gpt2" and starts[1].command(scratch)[-1] == "--init_from=auto"
     gpt2.folder.mkdir(parents=True)
@@ -309,7 +309,7 @@ def test_pretrained_weights_are_read_once(tmp_path):
 
 
 def test_grids_and_named_arms():
-    arms = compare.make_arms([("vary", "a=1,2"), ("vary", "b=x,y"), ("arm", "both: c=3 --d='4 5'"), ("arm", "none:")])
+    arms = make_arms([("vary", "a=1,2"), ("vary", "b=x,y"), ("arm", "both: c=3 --d='4 5'"), ("arm", "none:")])
     assert [(arm.name, arm.words) for arm in arms] == [
         ("a=1 b=x", ["--a=1", "--b=x"]), ("a=1 b=y", ["--a=1", "--b=y"]), ("a=2 b=x", ["--a=2", "--b=x"]), ("a=2 b=y", ["--a=2", "--b=y"]),
         ("both", ["--c=3", "--d=4 5"]), ("none", [])]
@@ -319,7 +319,7 @@ VARY = ["--vary", "precond=False,True"]
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--seeds=1", *VARY], "at least two"),
+    (["--seeds=1", *VARY], "at least 2"),
     (["--seeds=two", *VARY], "is not of type int"),
     (["--jobs=0", *VARY], "must be at least 1"),
     (["--sedes=3", *VARY], "did you mean --seeds"),
@@ -346,7 +346,7 @@ VARY = ["--vary", "precond=False,True"]
     (["--tune", "dataset=a.txt,b.txt", *VARY], "--tune sets dataset: arms on different data cannot be paired"),
     (["--tune", "seed=1,2", *VARY], "--tune sets seed: --seeds and --first_seed choose the seeds"),
     (["--vary", "batch_size=4,12"], "batch_size x eval_iters would be 400 or 1200"),
-    (["--tune", "learning_rate=1,2", "--first_seed=100000", *VARY], "nor reach the seeds of --tune"),
+    (["--tune", "learning_rate=1,2", "--first_seed=100000", *VARY], "must not reach those of --tune"),
     (["--device=cuda:77", *VARY], "asked for, but"),
 ])
 def test_mistakes_end_in_one_line(arguments, said, call, tmp_path):
@@ -372,12 +372,12 @@ def test_help(call):
 
 def test_figures_are_drawn_or_said_to_be_missing(study, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plot, "draw", lambda groups, out: drawn.append((groups, out)) or [out / "validation.png", out / "validation.svg"])
+    monkeypatch.setattr(figures, "draw", lambda groups, out: drawn.append((groups, out)) or [out / "validation.png", out / "validation.svg"])
     (_, out, _), _ = study("--vary", "precond_power=0,8", "--seeds=2")
     (groups, where), = drawn
     assert where == tmp_path / "out" and [len(g) for g in groups.values()] == [2, 1] and "validation.png" in out
 
     def missing(groups, out):
         raise compare.UserError("figures need matplotlib: pip install -r requirements-extra.txt")
-    monkeypatch.setattr(plot, "draw", missing)
+    monkeypatch.setattr(figures, "draw", missing)
     assert "no figures: figures need matplotlib" in study("--vary", "precond_power=0,8", "--seeds=2")[0][1]

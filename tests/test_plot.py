@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("matplotlib", reason="pip install -r requirements-extra.txt")
 
 import plot  # noqa: E402
-from study import stats  # noqa: E402
+from study import figures, spectra, stats  # noqa: E402
+from study.runs import Run, group  # noqa: E402
 import train  # noqa: E402
 import train_lra  # noqa: E402
 import train_vision  # noqa: E402
@@ -65,7 +66,7 @@ def column(folders, name, layer=None):
 
 
 def read(groups):
-    return {label: [plot.Run.read(folder) for folder in folders] for label, folders in groups.items()}
+    return {label: [Run.read(folder) for folder in folders] for label, folders in groups.items()}
 
 
 def invent(folder, steps=(0, 10, 20), kappa=(2.0, 3.0), **config):
@@ -83,8 +84,8 @@ def invent(folder, steps=(0, 10, 20), kappa=(2.0, 3.0), **config):
 
 def test_seeds_of_one_configuration_are_a_group(lm):
     off, on = lm["off"], lm["on"]
-    assert plot.group([off[0], on[1], off[1], on[0]]) == {"precond=False": off, "precond=True": [on[1], on[0]]}
-    assert plot.group([*off, *on], "plain, ours") == {"plain": off, "ours": on}
+    assert group([off[0], on[1], off[1], on[0]]) == {"precond=False": off, "precond=True": [on[1], on[0]]}
+    assert group([*off, *on], "plain, ours") == {"plain": off, "ours": on}
 
 
 def test_labels_name_what_differs(tmp_path):
@@ -92,16 +93,16 @@ def test_labels_name_what_differs(tmp_path):
     half = invent(tmp_path / "2", precond=True, precond_power=0.5)
     full = invent(tmp_path / "3", precond=True, precond_power=1.0)
     names = {"precond=False": base, "precond=True, precond_power=0.5": [half], "precond=True, precond_power=1.0": [full]}
-    assert plot.group([*base, half, full]) == names
+    assert group([*base, half, full]) == names
     other = invent(tmp_path / "4", precond_power=0.5)  # only an option that is not in force tells it apart
-    assert list(plot.group([base[0], other])) == ["precond_power=1.0", "precond_power=0.5"]
+    assert list(group([base[0], other])) == ["precond_power=1.0", "precond_power=0.5"]
     tuned = invent(tmp_path / "5", init_from="gpt2")
-    assert list(plot.group([base[1], tuned])) == ["init_from=scratch", "init_from=gpt2"]
+    assert list(group([base[1], tuned])) == ["init_from=scratch", "init_from=gpt2"]
 
 
 @pytest.mark.parametrize("x", ["step", "tokens", "seconds"])
 def test_validation_draws_mean_and_standard_deviation(lm, x):
-    figure = plot.validation(read(lm), x)
+    figure = figures.validation(read(lm), x)
     upper = figure.axes[0]
     for drawn, band, (label, folders) in zip(upper.lines, upper.collections, lm.items(), strict=True):
         steps, losses = column(folders, "val_loss")
@@ -124,29 +125,29 @@ def test_validation_draws_mean_and_standard_deviation(lm, x):
 def test_differences_pair_the_seeds(tmp_path):
     off = [invent(tmp_path / f"off{seed}", seed=seed) for seed in (1, 2, 3)]
     on = [invent(tmp_path / f"on{seed}", seed=seed, precond=True) for seed in (3, 1, 7)]  # 1 and 3 are in both groups
-    figure = plot.validation(read({"off": off, "on": on}), "step")
+    figure = figures.validation(read({"off": off, "on": on}), "step")
     assert np.array_equal(figure.axes[1].lines[0].get_ydata(), [0, 0, 0])
-    assert plot.final_differences(read({"off": off, "on": on})) == {"on": [0, 0]}
-    assert plot.final_differences(read({"off": off, "on": on[2:]})) == {}
+    assert figures.final_differences(read({"off": off, "on": on})) == {"on": [0, 0]}
+    assert figures.final_differences(read({"off": off, "on": on[2:]})) == {}
     assert np.allclose(figure.axes[0].lines[1].get_ydata(), np.array([0, 10, 20]) + 11 / 3)
-    alone = plot.validation(read({"off": off[1:2], "on": on}), "step")
+    alone = figures.validation(read({"off": off[1:2], "on": on}), "step")
     assert len(alone.axes) == 1
 
 
 def test_final_differences_have_the_intervals_of_the_report(lm):
     runs = read(lm)
     off, on = (column(lm[label], "val_loss")[1][:, -1] for label in ("off", "on"))
-    values = plot.final_differences(runs)
+    values = figures.final_differences(runs)
     assert list(values) == ["on"] and np.allclose(values["on"], on - off)
     result = stats.paired(values["on"])
-    ax, = plot.difference(runs, values).axes
+    ax, = figures.difference(runs, values).axes
     assert np.allclose(ax.collections[0].get_segments()[0][:, 0], [result.low, result.high])
     assert np.array_equal(ax.lines[1].get_xdata(), values["on"])  # the first line is zero
     assert ax.get_xlabel() == "Difference to off (nats per token; left of 0 is better)"
 
 
 def test_accuracy_in_percent(lra):
-    figure = plot.validation(read(lra), "step")
+    figure = figures.validation(read(lra), "step")
     assert figure.axes[0].get_ylabel() == "Validation accuracy (%)"
     values = [column(folders, "val_accuracy")[1][0] for folders in lra.values()]
     for drawn, value in zip(figure.axes[0].lines, values, strict=True):
@@ -160,12 +161,12 @@ def test_axis_shows_what_follows_the_first_tenth(tmp_path):
     for r in records:
         r["val_loss"] = 9.0 if r["step"] == 0 else 2 - r["step"] / 100
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    low, high = plot.validation(read({"run": [run]}), "step").axes[0].get_ylim()
+    low, high = figures.validation(read({"run": [run]}), "step").axes[0].get_ylim()
     assert 0.9 < low < 1 and 1.9 < high < 2
 
 
 def test_kappa_draws_medians_by_layer(lm):
-    figure = plot.kappa(read(lm), "step")
+    figure = figures.kappa(read(lm), "step")
     assert [ax.get_title() for ax in figure.axes] == ["layer 0", "layer 1"]
     for layer, ax in enumerate(figure.axes):
         assert ax.get_yscale() == "log"
@@ -177,27 +178,27 @@ def test_kappa_draws_medians_by_layer(lm):
 
 def test_kappa_draws_median_and_range_of_three_seeds(tmp_path):
     runs = [invent(tmp_path / f"{seed}", kappa=(value,), seed=seed) for seed, value in ((1, 2.0), (2, 10.0), (3, 3.0))]
-    ax, = plot.kappa(read({"runs": runs}), "step").axes
+    ax, = figures.kappa(read({"runs": runs}), "step").axes
     assert list(ax.lines[0].get_ydata()) == [3.0] * 3
     assert set(ax.collections[0].get_paths()[0].vertices[:, 1]) == {2.0, 10.0}
 
 
 def test_infinite_kappa_is_marked(tmp_path):
     run = invent(tmp_path / "run", kappa=(2.0, None))
-    finite, infinite = plot.kappa(read({"run": [run]}), "step").axes
+    finite, infinite = figures.kappa(read({"run": [run]}), "step").axes
     assert len(finite.lines) == 2 and len(infinite.lines) == 4
     line, marks = infinite.lines[:2]
     assert np.isnan(line.get_ydata()).all() and marks.get_marker() == "^" and list(marks.get_xdata()) == [0, 10, 20]
 
 
 def test_training_draws_rates_and_norms(lm, tmp_path):
-    rate, norm = plot.training(read(lm), "step").axes
+    rate, norm = figures.training(read(lm), "step").axes
     steps, rates = column(lm["on"], "learning_rate")
     assert len(rate.lines) == 1 and list(rate.lines[0].get_xdata()) == steps and np.array_equal(rate.lines[0].get_ydata(), rates[0])
     for drawn, folders in zip(norm.lines, lm.values()):
         assert np.allclose(drawn.get_ydata(), np.median(column(folders, "grad_norm")[1], axis=0), rtol=1e-12)
     other = invent(tmp_path / "a"), invent(tmp_path / "b", learning_rate=0.02)
-    lines = plot.training(read({"a": other[:1], "b": other[1:]}), "step").axes[0].lines
+    lines = figures.training(read({"a": other[:1], "b": other[1:]}), "step").axes[0].lines
     assert [set(drawn.get_ydata()) for drawn in lines] == [{0.01}, {0.02}]
 
 
@@ -205,7 +206,7 @@ def test_training_draws_rates_and_norms(lm, tmp_path):
 def test_spectrum_agrees_with_the_kappa_that_training_measured(lm, layer):
     """kappa is the largest over the smallest singular value; training wrote its median over the same matrices, one seed at a time."""
     for folders in lm.values():
-        values = plot.spectra(read({"run": folders[:1]}), layer)["run"]
+        values = spectra.spectra(read({"run": folders[:1]}), layer)["run"]
         best = torch.load(folders[0] / "best.pt", weights_only=True)["step"]
         written = next(r for r in records(folders[0]) if r["step"] == best and "val_loss" in r)
         for (s, median), name in zip(values, ("kappa_before", "kappa_after"), strict=True):
@@ -213,7 +214,7 @@ def test_spectrum_agrees_with_the_kappa_that_training_measured(lm, layer):
             assert (s[:, 0] == 1).all() and (np.diff(s) <= 0).all()
             assert median == pytest.approx(written[name][layer], rel=1e-4)
             assert np.median(1 / s[:, -1]) >= 0.999 * median  # torch's median is the lower middle
-    figure = plot.spectrum(read(lm), found := plot.spectra(read(lm), layer), layer)
+    figure = figures.spectrum(read(lm), found := spectra.spectra(read(lm), layer), layer)
     for ax, values in zip(figure.axes, found.values(), strict=True):
         for drawn, (s, _) in zip(ax.lines, values, strict=True):
             assert np.allclose(drawn.get_ydata(), np.median(s, axis=0))
@@ -227,17 +228,17 @@ def test_spectrum_of_a_vision_run_agrees_with_its_kappa(task, tmp_path):
           "--batch_size=4", "--queries=6", "--mask_points=32", "--n_val=8", "--eval_iters=1", "--max_iters=4", "--eval_interval=2", "--log_interval=1", f"--out_dir={tmp_path / 'run'}")
     best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["step"]
     written = next(r for r in records(tmp_path / "run") if r["step"] == best and "val_loss" in r)
-    values = plot.spectra(read({"run": [tmp_path / "run"]}), 1)["run"]
+    values = spectra.spectra(read({"run": [tmp_path / "run"]}), 1)["run"]
     for (s, median), name in zip(values, ("kappa_before", "kappa_after"), strict=True):
         assert median == pytest.approx(written[name][1], rel=1e-4)
-    assert len(plot.draw({"run": [tmp_path / "run"]}, tmp_path / "figures")) == 8
+    assert len(figures.draw({"run": [tmp_path / "run"]}, tmp_path / "figures")) == 8
 
 
 def test_spectrum_leaves_padding_out(lra):
     """The same singular values as from each sequence on its own, without padding; those of fewer tokens than channels are left out."""
-    run = plot.Run.read(lra["on"][0])
-    (a, _), (ca, _) = plot.spectra({"on": [run]}, None)["on"]
-    model, task, _ = plot.load(run)
+    run = Run.read(lra["on"][0])
+    (a, _), (ca, _) = spectra.spectra({"on": [run]}, -1)["on"]
+    model, task, _ = spectra.load(run)
     expected = []
     for i in range(4):
         x, mask, _ = task.splits["val"].batch([i])
@@ -265,22 +266,22 @@ def test_figures_are_written(lra, tmp_path, call):
             assert content[:8] == b"\x89PNG\r\n\x1a\n"
             at = content.index(b"pHYs") + 4  # dots per metre
             assert int.from_bytes(content[at:at + 4]) >= 150 / 0.0254
-    again = plot.draw({"plain": lra["off"], "ours": lra["on"]}, tmp_path / "b", x="tokens", layer=0)
+    again = figures.draw({"plain": lra["off"], "ours": lra["on"]}, tmp_path / "b", x="tokens", layer=0)
     assert [p.read_bytes() for p in sorted(again)] == [p.read_bytes() for p in paths]
 
 
 def test_spectrum_is_left_out_where_its_sources_are_gone(lm, tmp_path, capsys):
     folder = shutil.copytree(lm["off"][0], tmp_path / "run")
-    run = plot.Run.read(folder)
+    run = Run.read(folder)
     saved = torch.load(folder / "best.pt", weights_only=True)
     saved["config"]["data_dir"] = str(tmp_path / "nowhere")
     torch.save(saved, folder / "best.pt")
     with pytest.raises(DataError, match=f"the data of {folder} is not in {tmp_path / 'nowhere'}"):
-        plot.load(run)
+        spectra.load(run)
     (folder / "best.pt").unlink()
-    assert plot.load(run)[2].data_dir != str(tmp_path / "nowhere")  # of ckpt.pt
+    assert spectra.load(run)[2].data_dir != str(tmp_path / "nowhere")  # of ckpt.pt
     (folder / "ckpt.pt").unlink()
-    assert len(plot.draw({"run": [folder]}, tmp_path / "figures")) == 6
+    assert len(figures.draw({"run": [folder]}, tmp_path / "figures")) == 6
     assert capsys.readouterr().out == f"no spectrum: {folder} holds no checkpoint\n"
 
 
@@ -288,7 +289,7 @@ def test_a_line_that_is_being_written_is_left_alone(tmp_path):
     run = invent(tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 30, "val_')
-    assert [r["step"] for r in plot.Run.read(run).records] == [0, 10, 20]
+    assert [r["step"] for r in Run.read(run).records] == [0, 10, 20]
 
 
 def test_folders_that_hold_no_run(tmp_path, call):
@@ -330,7 +331,7 @@ def test_a_text_that_was_edited_between_runs(lm, corpus, tmp_path):
               "--max_iters=1")
         source.write_text(source.read_text() + "one more line\n")
     with pytest.raises(UserError, match="different data: the file has changed"):
-        plot.draw(runs, tmp_path / "figures")
+        figures.draw(runs, tmp_path / "figures")
     assert not (tmp_path / "figures").exists()
 
 
@@ -345,7 +346,7 @@ def test_mistakes_on_the_command_line(lm, tmp_path, call):
     (tmp_path / "file").write_text("")
     assert f"cannot write to {tmp_path / 'file'}" in error(call(plot, run, "--out", tmp_path / "file"))
     with pytest.raises(UserError, match="at least one run for each label"):
-        plot.draw({"empty": []}, tmp_path / "figures")
+        figures.draw({"empty": []}, tmp_path / "figures")
 
 
 def test_without_matplotlib(lm, tmp_path, call, monkeypatch):

@@ -1,0 +1,420 @@
+"""Runs as figures for a paper; plot.py says which, and what their lines and bands are."""
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+from engine.metrics import METRICS
+from engine.options import DATA, DataError, UserError, marked
+from study import stats
+from study.runs import Groups, Run, script_of, series
+from study.spectra import spectra
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
+           "#000000")  # Okabe and Ito 2008, without their yellow
+DARK = "#333333"
+STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
+         "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True,
+         "legend.frameon": False, "lines.linewidth": 1.5, "lines.markersize": 3.5,
+         "savefig.dpi": 200, "svg.hashsalt": "plot"}  # the salt makes equal figures equal files
+LETTER = 0.08  # the width of a letter in inches, with room to spare
+X_LABELS = {"step": "Training step", "tokens": "Training tokens",
+            "seconds": "Training time (s)"}
+# Line styles of A, of C A, and of the C A that a run without C could have.
+BEFORE, AFTER, WOULD_BE = "--", "-", ":"
+
+
+def draw(groups: dict[str, list[Path]], out: Path, x: str = "step", layer: int = -1) -> list[Path]:
+    """Write the figures of the runs' folders, by label, to `out`; returns the files.
+
+    x: step, tokens, seconds; layer: the spectrum's, -1 for the last. Where data or checkpoints are
+    gone there is no spectrum, and a line says so. Raises UserError for runs that do not belong in
+    one figure, and where matplotlib is missing.
+    """
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        raise UserError("figures need matplotlib: "
+                        "pip install -r requirements-extra.txt") from None
+    runs = {label: [Run.read(Path(folder)) for folder in folders]
+            for label, folders in groups.items()}
+    check(runs, x, layer)
+    with rc_context(STYLE):
+        figures = {"validation": validation(runs, x), "kappa": kappa(runs, x),
+                   "training": training(runs, x)}
+        if differences := final_differences(runs):
+            figures["difference"] = difference(runs, differences)
+        try:
+            figures["spectrum"] = spectrum(runs, spectra(runs, layer), layer)
+        except DataError as e:
+            print(f"no spectrum: {e}", flush=True)
+        written = []
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for name, figure in figures.items():
+                for kind, metadata in ("png", None), ("svg", {"Date": None}):
+                    path = out / f"{name}.{kind}"
+                    figure.savefig(path, metadata=metadata)
+                    written.append(path)
+        except OSError as e:
+            raise UserError(f"cannot write to {out}: {e.strerror or e}") from None
+    return written
+
+
+def check(groups: Groups, x: str, layer: int):
+    """Raises UserError where the groups cannot be drawn into one figure."""
+    if not groups or not all(groups.values()):
+        raise UserError("no runs to draw: name the folder of at least one run for each label")
+    if len(groups) > len(COLOURS):
+        raise UserError(f"{len(groups)} groups of runs, but {len(COLOURS)} colours that can be "
+                        "told apart: draw fewer at a time")
+    for runs in groups.values():
+        seen = {}
+        for run in runs:
+            other = seen.setdefault(run.seed, run)
+            if other is not run:
+                raise UserError(f"{other.folder} and {run.folder} are the same run, "
+                                f"seed {run.seed}: leave one out")
+    first, *others = [run for runs in groups.values() for run in runs]
+    unit = "tokens" if x == "tokens" else "step"
+    for run in others:
+        one, two = data_of(first), data_of(run)
+        if one != two:
+            said = "; ".join(", ".join(f"{key}={value}" for key, value in mine.items()
+                                       if its.get(key) != value)
+                             for mine, its in ((one, two), (two, one)))
+            raise UserError(f"{first.folder} and {run.folder} were trained on different data "
+                            f"({said}): draw them separately")
+        end, its_end = [list(r.along(unit).values())[-1] for r in (first, run)]
+        if end != its_end:
+            raise UserError(f"{first.folder} ends at {unit} {end:,}, {run.folder} at {unit} "
+                            f"{its_end:,}: finish the shorter with --init_from=resume, "
+                            "or draw runs of one length")
+    for run in [first, *others]:
+        depth = run.config["n_layer"]
+        if layer >= depth:
+            raise UserError(f"layer={layer}, but {run.folder} has the layers 0 to {depth - 1}")
+
+
+def data_of(run: Run) -> dict:
+    """The options that choose its data."""
+    names = marked(script_of(run.config).Config, DATA)
+    return {key: value for key, value in run.config.items() if key in names}
+
+
+def applied(runs: list[Run]) -> bool:
+    return any(run.config["precond"] for run in runs)
+
+
+def line(ax, xs: np.ndarray, values: np.ndarray, colour, log: bool = False, edge: float = 1.0,
+         **style) -> tuple[np.ndarray, np.ndarray]:
+    """Draw values (runs, n) as a line with a band; returns the band's edges.
+
+    Infinite points become triangles at `edge`, 1 being the top of the axes. Where a seed is
+    infinite there is no band.
+    """
+    if log:
+        middle, low, high = np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
+    else:
+        middle = values.mean(axis=0)
+        sd = values.std(axis=0, ddof=1) if len(values) > 1 else 0.0
+        low, high = middle - sd, middle + sd
+    if len(values) > 1:
+        ax.fill_between(xs, low, high, where=np.isfinite(high), color=colour, alpha=0.15,
+                        linewidth=0)
+    finite = np.isfinite(middle)
+    ax.plot(xs, np.where(finite, middle, np.nan), color=colour, **style)
+    if not finite.all():
+        ax.plot(xs[~finite], np.full((~finite).sum(), edge), color=colour, marker="^",
+                linestyle="none", markersize=5, clip_on=False, gid="infinite",
+                transform=ax.get_xaxis_transform(), fillstyle=style.get("fillstyle"))
+    return low, high
+
+
+def canvas(groups: Groups, count: int, columns: int, size: tuple[float, float], title: str,
+           x: str, **shared):
+    """-> (figure, axes): `count` axes of `size` inches in `columns`.
+
+    The title says what is drawn, and of which model and data.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+    rows = -(-count // columns)
+    figure = Figure(figsize=(0.7 + size[0] * columns, 1.1 + size[1] * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+    for ax in axes[count:]:
+        ax.remove()
+    for i, ax in enumerate(axes[:count]):
+        if i + columns >= count:
+            ax.set_xlabel(X_LABELS.get(x, x))
+            ax.tick_params(labelbottom=True)
+        if x == "tokens":
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    said = f"{title}\n{subject(groups)}"
+    figure.suptitle(said, fontsize=9)
+    widen(figure, LETTER * max(map(len, said.split("\n"))))
+    return figure, axes[:count]
+
+
+def widen(figure, width: float):
+    figure.set_figwidth(max(figure.get_figwidth(), width))
+
+
+def tiling(count: int) -> int:
+    """Columns for `count` panels: at most 4, and few gaps in the last row."""
+    return 3 if count in (5, 6, 9) else min(count, 4)
+
+
+def key(figure, groups: Groups, styles: dict[str, str] | None = None):
+    """Say below the axes which colour is which group, and what styles {meaning: style} stand for.
+
+    A style is that of a line, or "^" for a marker alone.
+    """
+    from matplotlib.lines import Line2D
+    styles = styles or {}
+    widest = LETTER * (max(map(len, groups)) + 7)
+    widen(figure, widest + (2.0 if styles else 0.0))
+    columns = 1 if styles else min(len(groups), int(figure.get_figwidth() / widest))
+    rows = max(-(-len(groups) // columns), len(styles))
+    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
+    figure.legend(handles=[Line2D([], [], color=colour, label=label)
+                           for colour, label in zip(COLOURS, groups)], ncols=columns,
+                  loc="outside lower left" if styles else "outside lower center")
+    if styles:
+        marks = []
+        for meaning, style in styles.items():
+            drawn = {"marker": "^", "linestyle": ""} if style == "^" else {"linestyle": style}
+            marks.append(Line2D([], [], color=DARK, label=meaning, **drawn))
+        figure.legend(handles=marks, loc="outside lower right")
+
+
+def subject(groups: Groups) -> str:
+    """What all runs have in common: data, attention, size."""
+    first, *others = [run.config for runs in groups.values() for run in runs]
+    same = {key: value for key, value in first.items()
+            if all(config.get(key) == value for config in others)}
+    said = [same["task"] if "task" in same else Path(same["dataset"]).stem]
+    if "attention" in same:
+        said.append(f"{same['attention']} attention")
+    names = {"n_layer": "layers", "n_head": "heads", "n_embd": "width", "block_size": "context"}
+    return ", ".join(said + [f"{name} {same[key]}" for key, name in names.items() if key in same])
+
+
+def over_seeds(groups: Groups, log: bool) -> str:
+    """The end of a title: what lines and bands are."""
+    counts = [len(runs) for runs in groups.values()]
+    low, high = min(counts), max(counts)
+    if high == 1:
+        return ""
+    shown = "median and range" if log else "mean and standard deviation"
+    return f": {shown} of {low if low == high else f'{low} to {high}'} seeds"
+
+
+def judged(groups: Groups) -> tuple[str, str, float, str]:
+    """The metric that the first run is judged by: name, label, and its factor and unit as drawn."""
+    name = next(iter(groups.values()))[0].metric
+    metric = METRICS[name]
+    if metric.percent:
+        return name, metric.label, 100, "%"
+    return name, metric.label, 1, "%" if metric.unit == "percent" else metric.unit
+
+
+def better_side(name: str, unit: str, lower: str, higher: str) -> str:
+    """For an axis of differences: their unit, and where they are good, `lower` or `higher`."""
+    side = lower if METRICS[name].better == "lower" else higher
+    return f"({'points' if unit == '%' else unit}; {side} 0 is better)"
+
+
+def focus(ax, spans: list[tuple[np.ndarray, np.ndarray, np.ndarray]], *also: float):
+    """Fit the y axis to the bands (x, low, high) and `also` after a tenth of the training.
+
+    What comes before would dwarf all that follows.
+    """
+    late = [xs >= 0.1 * xs[-1] for xs, _, _ in spans]
+    if min(sum(here) for here in late) > 3:
+        edges = list(also)
+        for (_, low, high), here in zip(spans, late):
+            edges += [*low[here], *high[here]]
+        margin = 0.05 * (max(edges) - min(edges)) or 1.0
+        ax.set_ylim(min(edges) - margin, max(edges) + margin)
+
+
+def validation(groups: Groups, x: str):
+    """The metric over training.
+
+    Below it, where the groups share seeds and x, the difference to the first, paired by seed.
+    """
+    baseline, *others = groups
+    name, label, scale, unit = judged(groups)
+    xs = {group: series(runs, name, x)[0] for group, runs in groups.items()}
+    by_seed = {group: {run.seed: run for run in runs} for group, runs in groups.items()}
+    pairs = {}
+    for group in others:
+        seeds = sorted(by_seed[baseline].keys() & by_seed[group].keys())
+        if seeds and np.array_equal(xs[baseline], xs[group]):
+            pairs[group] = seeds
+    title = f"Validation {label}" + over_seeds(groups, log=False)
+    figure, axes = canvas(groups, 2 if pairs else 1, 1, (4.8, 2.5), title, x, sharex=True)
+
+    def values(group: str, seeds) -> np.ndarray:
+        return scale * series([by_seed[group][seed] for seed in seeds], name, x)[1]
+
+    above, below = [], []
+    for colour, group in zip(COLOURS, groups):
+        mine = values(group, by_seed[group])
+        above.append((xs[group], *line(axes[0], xs[group], mine, colour, label=group, marker="o")))
+        if group in pairs:
+            apart = values(group, pairs[group]) - values(baseline, pairs[group])
+            below.append((xs[group], *line(axes[1], xs[group], apart, colour, marker="o")))
+    axes[0].set_ylabel(f"Validation {label} ({unit})")
+    focus(axes[0], above)
+    if pairs:
+        axes[1].axhline(0, color=COLOURS[0], linewidth=1)
+        said = textwrap.fill(f"Difference to {baseline}", int(2.5 / LETTER))
+        axes[1].set_ylabel(f"{said}\n{better_side(name, unit, 'below', 'above')}")
+        focus(axes[1], below, 0.0)
+    key(figure, groups)
+    return figure
+
+
+def final_differences(groups: Groups) -> dict[str, list[float]]:
+    """By label, the differences of the last validation results to the first group's, as drawn.
+
+    Of the groups that share two seeds or more with it.
+    """
+    scale = judged(groups)[2]
+    final = {label: {run.seed: scale * run.final for run in runs}
+             for label, runs in groups.items()}
+    baseline, *others = groups
+    result = {}
+    for label in others:
+        seeds = sorted(final[baseline].keys() & final[label].keys())
+        if len(seeds) > 1:
+            result[label] = [final[label][seed] - final[baseline][seed] for seed in seeds]
+    return result
+
+
+def difference(groups: Groups, differences: dict[str, list[float]]):
+    """A row for each group of `final_differences`."""
+    baseline = next(iter(groups))
+    name, label, _, unit = judged(groups)
+    title = (f"Validation {label} at the last step, paired by seed:\n"
+             "every seed, and the mean with its 95% interval")
+    said = f"Difference to {baseline} {better_side(name, unit, 'left of', 'right of')}"
+    figure, (ax,) = canvas(groups, 1, 1, (4.8, 0.3 + 0.4 * len(differences)), title,
+                           textwrap.fill(said, int(4.8 / LETTER)))
+    ax.axvline(0, color=COLOURS[0], linewidth=1)
+    colours = dict(zip(groups, COLOURS))
+    for row, (group, values) in enumerate(differences.items()):
+        pair = stats.paired(values)
+        ax.plot(values, np.full(len(values), row), color=colours[group], marker="o",
+                linestyle="none", alpha=0.3)
+        ax.errorbar(pair.mean, row, xerr=[[pair.mean - pair.low], [pair.high - pair.mean]],
+                    color=colours[group], marker="D", markersize=5, capsize=4)
+    ax.set_yticks(range(len(differences)), [textwrap.fill(group, 30) for group in differences])
+    ax.set_ylim(len(differences) - 0.5, -0.5)
+    ax.grid(False, axis="y")
+    return figure
+
+
+def kappa(groups: Groups, x: str):
+    """One panel a layer: kappa(A) and kappa(C A) of each group."""
+    from matplotlib.colors import to_rgb
+    depths = {label: runs[0].config["n_layer"] for label, runs in groups.items()}
+    count = max(depths.values())
+    title = "Condition number of head outputs" + over_seeds(groups, log=True)
+    size = (2.0, 1.9) if len(groups) < 4 else (2.5, 2.4)
+    figure, axes = canvas(groups, count, tiling(count), size, title, x, sharex=True, sharey=True)
+    for layer, ax in enumerate(axes):
+        ax.set_title(f"layer {layer}")
+        ax.set_yscale("log")
+        for i, (colour, (label, runs)) in enumerate(zip(COLOURS, groups.items())):
+            if layer >= depths[label]:
+                continue
+            # The marker shows a point between infinite ones.
+            common = dict(log=True, edge=1 - 0.06 * i, marker="o", markersize=2)
+            line(ax, *series(runs, "kappa_after", x, layer), colour,
+                 linestyle=AFTER if applied(runs) else WOULD_BE, **common)
+            dark = [0.6 * part for part in to_rgb(colour)]  # A stays visible where C does nothing
+            line(ax, *series(runs, "kappa_before", x, layer), dark, linestyle=BEFORE, linewidth=1,
+                 fillstyle="none", **common)
+    styles = line_styles(groups)
+    if any(drawn.get_gid() == "infinite" for ax in axes for drawn in ax.lines):
+        styles["infinite (A: hollow)"] = "^"
+    key(figure, groups, styles)
+    figure.supylabel(r"$\kappa = \sigma_{\max} / \sigma_{\min}$", fontsize=9)
+    return figure
+
+
+def line_styles(groups: Groups) -> dict[str, str]:
+    """{meaning: style} of the lines of A and of C A."""
+    styles = {"A, before C": BEFORE}
+    for runs in groups.values():
+        if applied(runs):
+            styles["C A, after C"] = AFTER
+        else:
+            styles["C A, if C were applied"] = WOULD_BE
+    return styles
+
+
+def training(groups: Groups, x: str):
+    """Learning rate and gradient norm; one line where all runs have the same learning rate."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+    title = "Learning rate and gradient norm" + over_seeds(groups, log=True)
+    figure, (left, right) = canvas(groups, 2, 2, (3.3, 2.6), title, x)
+    rates = {label: series(runs, "learning_rate", x) for label, runs in groups.items()}
+    spans = []
+    same = len({rate.tobytes() for _, values in rates.values() for rate in values}) == 1
+    for colour, (label, runs) in zip(COLOURS, groups.items()):
+        if not same:
+            line(left, *rates[label], colour, log=True, label=label)
+        spans += line(right, *series(runs, "grad_norm", x), colour, log=True, label=label)
+    if same:
+        line(left, *rates[label], DARK, log=True, label="all runs")
+        left.legend()
+    left.set_ylabel("Learning rate")
+    left.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    ends = np.concatenate(spans)
+    if ends.max() > 5 * ends.min():
+        right.set_yscale("log")
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.yaxis.set_major_formatter("{x:g}")
+        right.yaxis.set_minor_formatter(NullFormatter())
+    right.set_ylabel("Gradient norm, before clipping")
+    clips = {run.config["grad_clip"] for runs in groups.values() for run in runs}
+    clip = clips.pop()
+    if clip and not clips:  # all runs have the same
+        right.legend(handles=[right.axhline(clip, color=DARK, linewidth=1, linestyle=":",
+                                            label=f"clipped at {clip:g}")])
+    key(figure, groups)
+    return figure
+
+
+def spectrum(groups: Groups, values: dict[str, list[tuple[np.ndarray, float]]], layer: int):
+    """One panel a group: the median spectrum of A and of C A, and 80% of them as a band."""
+    depths = {run.config["n_layer"] for runs in groups.values() for run in runs}
+    where = "the last layer"
+    if layer >= 0 or len(depths) == 1:
+        where = f"layer {layer % depths.pop()}"
+    title = (f"Singular values of head outputs in {where}, best checkpoint:\n"
+             "median and 10% to 90% of heads, samples and seeds")
+    figure, axes = canvas(groups, len(groups), tiling(len(groups)), (2.6, 2.5), title, "Index i",
+                          sharex=True, sharey=True)
+    for ax, colour, (label, runs) in zip(axes, COLOURS, groups.items()):
+        ax.set_yscale("log")
+        said = label if applied(runs) else f"{label} (C not applied)"
+        ax.set_title(textwrap.fill(said, int(2.6 / LETTER)))
+        looks = ("A", BEFORE, DARK), ("C A", AFTER if applied(runs) else WOULD_BE, colour)
+        for (s, median), (name, style, shade) in zip(values[label], looks):
+            index = np.arange(1, s.shape[1] + 1)
+            low, middle, high = np.quantile(s, (0.1, 0.5, 0.9), axis=0)
+            ax.fill_between(index, low, high, color=shade, alpha=0.15, linewidth=0)
+            digits = f"{float(f'{median:.3g}'):,.10g}" if np.isfinite(median) else r"$\infty$"
+            ax.plot(index, middle, color=shade, linestyle=style,
+                    label=rf"{name}, median $\kappa$ = {digits}")
+        ax.legend(loc="upper right")
+    smallest = min(s.min() for pair in values.values() for s, _ in pair)
+    bottom = max(smallest / 1.5, 2.0**-24)  # float32's resolution
+    axes[0].set_ylim(bottom, bottom**-0.35)  # above 1 there is room for the legend
+    figure.supylabel(r"$\sigma_i / \sigma_1$", fontsize=9)
+    return figure

@@ -1,0 +1,381 @@
+"""A comparison at work: its jobs, what identifies each, and their training, some at a time.
+
+A job's folder carries a hash of its configuration, data files, thread count, torch version and
+code (comments and docstrings apart): results of different ones never mix.
+"""
+import ast
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from engine import options
+from engine.device import pick_device, pick_dtype
+from engine.metrics import METRICS
+from engine.options import DATA, UserError
+from study import stats
+from study.arms import Arm
+from study.runs import SCRIPTS, Run, identity
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {"seed": "--seeds and --first_seed choose the seeds",
+        "out_dir": "--out_dir is the comparison's", "overwrite": "finished runs are kept",
+        "eval_only": "a comparison trains"}
+TUNE_SEED = 100_001  # the first of the seeds that --tune uses
+POLL = 0.5  # seconds between looks at the jobs
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass
+class Job:
+    arm: str
+    seed: int
+    words: list[str]
+    folder: Path
+    steps: int
+    init_from: str
+    identity: dict
+    process: subprocess.Popen | None = None
+
+    def ended(self) -> bool:
+        return (self.folder / "record.json").exists()
+
+    def step(self) -> int:
+        """The last step in its metrics.jsonl; all of them for a job that has ended."""
+        if self.ended():
+            return self.steps
+        try:
+            with open(self.folder / "metrics.jsonl", "rb") as f:
+                # A look costs the job nothing, however long the file.
+                f.seek(max(0, f.seek(0, os.SEEK_END) - 10_000))
+                found = re.findall(rb'^\{"step": (\d+),', f.read(), re.MULTILINE)
+        except FileNotFoundError:
+            return 0
+        return int(found[-1]) if found else 0
+
+
+class Stopped(Exception):
+    """A signal asked for the end."""
+
+
+class Comparison:
+    """The arms of one command, their jobs, and what is known of them.
+
+    config: compare.py's options. script: "train.py", and `theirs` its options as typed.
+    """
+
+    def __init__(self, config, script: str, theirs: list[str], arms: list[Arm]):
+        self.config = config
+        self.script = script
+        self.theirs = theirs
+        self.arms = arms
+        self.folder = Path(config.out_dir)
+        self.module = SCRIPTS[script]
+        self.code = code_hash(ROOT / script)
+        self.tune, _, values = config.tune.partition("=")
+        self.tune_values = list(dict.fromkeys(values.split(",")))
+        if config.tune and len(self.tune_values) < 2:
+            raise UserError(f"--tune {config.tune}: write --tune KEY=VALUE,VALUE")
+        self.signal = 0
+        self.active = []
+        self.check()
+
+    def check(self):
+        """Raises UserError for anything that would stop a job before it begins."""
+        stats.scipy_stats()
+        for name in OURS.keys() & self.parse([])[1].keys():
+            raise UserError(f"--{name} cannot be given here: {OURS[name]}")
+        known = options.options(self.module.Config)
+        evaluated = set()
+        for arm in self.arms:
+            settings = dict.fromkeys(arm.keys, f"the arm {arm.name!r}")
+            if self.tune in settings:
+                raise UserError(f"{self.tune} is tuned, and set by the arm {arm.name!r}: "
+                                "choose one")
+            if self.tune:
+                settings[self.tune] = "--tune"
+            for key, who in settings.items():
+                if key in OURS or options.find(key, known).mark == DATA:
+                    reason = OURS.get(key, "arms on different data cannot be paired")
+                    raise UserError(f"{who} sets {key}: {reason}")
+            for value in self.tune_values:
+                job = self.job(arm, self.config.first_seed, value)
+                if job.steps < 1:
+                    raise UserError("max_iters=0 trains nothing that could be compared")
+                values = job.identity["config"]
+                evaluated.add(values["batch_size"] * values["eval_iters"])
+        if len(evaluated) > 1:
+            raise UserError("batch_size x eval_iters would be "
+                            f"{' or '.join(map(str, sorted(evaluated)))}: arms that are evaluated "
+                            "on different samples cannot be paired. Give both options in each "
+                            "--arm, with one product")
+
+    def parse(self, words: list[str]):
+        """-> (the script's configuration with these options, those typed). Raises UserError."""
+        argv = [*self.theirs, *words]
+        if hasattr(self.module, "preset_of_task"):
+            argv = self.module.preset_of_task(argv)
+        return options.parse(self.module.Config, argv, "")
+
+    def job(self, arm: Arm, seed: int, value: str | None = "") -> Job:
+        """value: the tuned option's. Raises UserError for options that the script refuses."""
+        words = [*arm.words, f"--seed={seed}"]
+        if self.tune:
+            words.insert(-1, f"--{self.tune}={value}")
+        config, _ = self.parse(words)
+        device = pick_device(config.device)
+        values = identity(dataclasses.asdict(config))
+        values |= {"device": device.type, "dtype": pick_dtype(config.dtype, device, config.n_embd)}
+        files = {key: content(values[key]) for key in ("dataset", "source", "init_from")
+                 if os.path.exists(values.get(key) or "")}
+        mine = {"script": self.script, "config": values, "files": files,
+                "threads": self.config.threads, "torch": torch.__version__, "code": self.code}
+        digest = sha256(json.dumps([arm.name, mine], sort_keys=True))[:12]
+        name = re.sub(r"[^A-Za-z0-9._=-]+", "_", arm.name)[:60]
+        folder = self.folder / "runs" / f"{name}-{seed}-{digest}"
+        return Job(arm.name, seed, words, folder, config.max_iters, values["init_from"], mine)
+
+    def command(self, job: Job) -> list[str]:
+        begun = job.init_from == "scratch" or (job.folder / "ckpt.pt").exists()
+        return [sys.executable, str(ROOT / self.script), *self.theirs, *job.words,
+                f"--out_dir={job.folder}", f"--init_from={'auto' if begun else job.init_from}"]
+
+    def start(self, job: Job):
+        if code_hash(ROOT / self.script) != self.code:
+            raise UserError(f"{self.script} or a module that it imports was changed meanwhile: "
+                            "type the command again to compare the new code")
+        job.folder.mkdir(parents=True, exist_ok=True)
+        if self.config.jobs > 1:
+            # Its seconds count no longer, whoever finishes it.
+            (job.folder / "parallel").touch()
+        environment = os.environ | dict.fromkeys(THREADS, str(self.config.threads))
+        with open(job.folder / "log.txt", "a", encoding="utf-8") as log:
+            # In its own session Ctrl-C reaches it once, through `stop`. It holds the lock for as
+            # long as it lives.
+            job.process = subprocess.Popen(
+                self.command(job), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                env=environment, start_new_session=True, pass_fds=[self.lock.fileno()])
+        self.active.append(job)
+
+    def finish(self, job: Job) -> str:
+        """Write the record of a job whose process has ended; returns how it ended.
+
+        Raises UserError where it failed and did not diverge.
+        """
+        code = job.process.returncode
+        log = (job.folder / "log.txt").read_text(encoding="utf-8").strip()
+        last = log.rpartition("\n")[2]
+        diverged = last if code == 2 and "is not finite" in last else None
+        if code and not diverged:
+            raise UserError(f"the run in {job.folder} ended with exit code {code}: {last}")
+        record = {"arm": job.arm, "seed": job.seed, "words": job.words,
+                  "serial": not (job.folder / "parallel").exists(), "diverged": diverged,
+                  "identity": job.identity}
+        temporary = job.folder / "record.tmp"
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(job.folder / "record.json")
+        run = Run.read_ended(job.folder)
+        return "diverged" if diverged else f"{run.metric} {run.final:.4f}"
+
+    def train(self, jobs: list[Job], progress: "Progress"):
+        """Bring all to their end. Raises Stopped; however this ends, the jobs under way save."""
+        # By folder: --tune with 1e-3,0.001 asks for one job twice.
+        waiting = list({job.folder: job for job in jobs if not job.ended()}.values())
+        done = {job.folder: job.step() for job in jobs}
+        for job in jobs:
+            progress.keep(job)
+        try:
+            while waiting or self.active:
+                while waiting and len(self.active) < self.config.jobs and not self.signal:
+                    self.start(waiting.pop(0))
+                time.sleep(POLL)
+                if self.signal:
+                    raise Stopped
+                for job in list(self.active):
+                    how = ""
+                    if job.process.poll() is not None:
+                        self.active.remove(job)
+                        how = self.finish(job)
+                    step = job.step()
+                    progress.advance(step - done[job.folder], job)
+                    done[job.folder] = step
+                    if how:
+                        progress.say(job, how)
+        finally:
+            for job in self.active:
+                job.process.terminate()
+            for job in self.active:
+                job.process.wait()
+            self.active.clear()
+
+    def stop(self, number: int, frame):
+        """The first signal lets the jobs save, a second one ends them at once."""
+        for job in self.active if self.signal else []:
+            job.process.kill()
+        self.signal = number
+
+    def execute(self):
+        """Tune where asked, then train every arm on every seed. Raises Stopped, UserError."""
+        config = self.config
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("another comparison, or a run that one left behind, is at work in "
+                            f"{self.folder}: wait for it, end it, or choose another "
+                            "--out_dir") from None
+        except OSError as e:
+            raise UserError(f"cannot write to {self.folder}: {e.strerror}") from None
+        trials = {}
+        if self.tune:
+            seeds = range(TUNE_SEED, TUNE_SEED + config.tune_seeds)
+            trials = {(arm.name, value): [self.job(arm, seed, value) for seed in seeds]
+                      for arm in self.arms for value in self.tune_values}
+        tuning = by_seed(trials)
+        steps = [self.job(arm, config.first_seed, self.tune_values[0]).steps * config.seeds
+                 for arm in self.arms]
+        progress = Progress(sum(steps) + sum(job.steps for job in tuning),
+                            len(tuning) + len(self.arms) * config.seeds)
+        before = {number: signal.signal(number, self.stop)
+                  for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.train(tuning, progress)
+            jobs = {}
+            for arm in self.arms:
+                if self.tune:
+                    self.choose(arm, trials)
+                seeds = range(config.first_seed, config.first_seed + config.seeds)
+                jobs[arm.name] = [self.job(arm, seed, arm.chosen) for seed in seeds]
+                arm.folders = [job.folder for job in jobs[arm.name]]
+            self.train(by_seed(jobs), progress)
+        finally:
+            progress.close()
+            self.lock.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def choose(self, arm: Arm, trials: dict):
+        """Give the arm the value with the best mean on the tuning seeds, if it never diverged."""
+        means = {}
+        for value in self.tune_values:
+            runs = [Run.read_ended(job.folder) for job in trials[arm.name, value]]
+            if not any(run.diverged for run in runs):
+                means[value] = statistics.fmean(run.final for run in runs)
+                metric = runs[0].metric
+        if not means:
+            raise UserError(f"every value of --tune {self.config.tune} diverged for the arm "
+                            f"{arm.name}: give lower ones")
+        arm.tuned = {value: means.get(value) for value in self.tune_values}
+        pick = min if METRICS[metric].better == "lower" else max
+        arm.chosen = pick(means, key=means.get)
+
+
+def by_seed(jobs: dict) -> list[Job]:
+    """All jobs, seed after seed.
+
+    An early stop leaves whole pairs, and a slow hour of the machine slows all arms.
+    """
+    return [job for group in zip(*jobs.values()) for job in group]
+
+
+class Progress:
+    """A bar over the steps of all jobs; where output is not a terminal, a line for each end."""
+
+    def __init__(self, steps: int, jobs: int):
+        self.steps = steps
+        self.jobs = jobs
+        self.kept = 0  # steps that an earlier command took
+        self.done = 0
+        self.ended = 0
+        self.since = time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=steps, unit="step", smoothing=0, dynamic_ncols=True)
+
+    def keep(self, job: Job):
+        """Count what a job has already done; it says nothing about the speed."""
+        self.kept += job.step()
+        self.done += job.step()
+        self.ended += job.ended()
+        if self.bar is not None:
+            self.bar.initial = self.kept
+            self.bar.n = self.done
+
+    def advance(self, steps: int, job: Job):
+        self.done += steps
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"{job.arm}, seed {job.seed}", refresh=False)
+            self.bar.update(steps)
+
+    def say(self, job: Job, how: str):
+        self.ended += 1
+        if self.bar is None:
+            rate = (self.done - self.kept) / (time.monotonic() - self.since)
+            left = ""
+            if rate:
+                seconds = (self.steps - self.done) / rate
+                left = f", about {tqdm.format_interval(seconds)} left"
+            print(f"{job.arm}, seed {job.seed}: {how} "
+                  f"({self.ended} of {self.jobs} runs{left})", flush=True)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def code_hash(script: Path) -> str:
+    """Of the script and of every module of this project that it imports, directly or not."""
+    root = script.parent
+    pending = [script]
+    seen = {}
+    while pending:
+        path = pending.pop()
+        if path in seen:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{name}" for name in names)]
+            files = [root / (name.replace(".", "/") + ".py") for name in names]
+            pending += [file for file in files if file.exists()]
+            if (isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+                    and ast.get_docstring(node) is not None):
+                del node.body[0]
+        seen[path.relative_to(root).as_posix()] = ast.dump(tree)
+    return sha256(json.dumps(seen, sort_keys=True))
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def content(path: str) -> str:
+    """A hash of what a file holds, or of a folder's files.
+
+    Of these it is their names, their sizes, and what models and annotations hold.
+    """
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    files = sorted((p.relative_to(path).as_posix(),
+                    content(str(p)) if p.suffix in (".safetensors", ".json") else p.stat().st_size)
+                   for p in Path(path).rglob("*") if p.is_file())
+    return sha256(json.dumps(files))
