@@ -1,137 +1,202 @@
-"""Time and memory of training and sampling, with and without preconditioning, and beside a checkout of nanoGPT.
+"""Time and memory of training and sampling, preconditioned or not, and beside nanoGPT.
 
-    python bench.py                                                 # the default size and the 6 x 384 model
-    python bench.py --sizes=gpt2_124m --arms=baseline,precond       # a 124M model takes 5 GB an arm
-    python bench.py --sizes=char_gpu --against=../nanoGPT           # side by side, with ratios of time and memory
+    python bench.py                                             # the default size and 6 x 384
+    python bench.py --sizes=gpt2_124m --arms=baseline,precond   # 124M take 5 GB an arm
+    python bench.py --sizes=char_gpu --against=../nanoGPT       # with ratios of time and memory
     python bench.py --sizes=gpt2_124m --arms=baseline --checkpoint_activations --profile
-    python bench.py --sizes=lra_listops --arms=nystrom,nystrom_precond,baseline,explicit     # Long Range Arena's longest common task
+    python bench.py --sizes=lra_listops --arms=nystrom,nystrom_precond,baseline,explicit
 
-Each arm is a process of its own, so that its peak memory is its own; the processes take turns in every round, in changing order, and
-wait while another works. A turn is one training step, or as many as fit into half a second, of trainer.Trainer (batch, forward and
-backward pass, clipping, AdamW) on random tokens; afterwards sampling takes turns in the same way. Times are medians over all steps with
-the quartiles in brackets; ratios are ratios of medians in one run.
+Each arm is a process of its own, so that its peak memory is its own. They take turns in every
+round, in changing order, and wait while another works. A turn is one training step, or as many as
+fit into half a second, of engine/trainer.py on random tokens. Afterwards sampling takes turns in
+the same way. Times are medians over all steps with the quartiles in brackets; ratios are ratios of
+medians in one run.
 
-Utilisation is model FLOPs over what the machine can do: the speed of a large matrix product in the run's dtype, the best of those
-measured in every round of the same run. Model FLOPs count the matrix products, 2 FLOPs for a multiplication and an addition. A weight
-matrix with N weights takes 2 N a token forward, and 2 N each for the gradients of input and weight. Attention multiplies Q with K^T and
-the weights with V: 2 x 2 T C a token and layer forward, three times that in all; that a causal kernel needs only half is not counted, as
-usual. So a step of B T tokens has B T (6 N + 12 n_layer C T) FLOPs: the head is a matrix product and counts, a look-up does not
-(model.flops_per_token).
+Utilisation is model FLOPs (model.flops_per_token, the head included) over what the machine can do:
+the speed of a large matrix product in the run's dtype, the best of those measured in every round.
+That a causal kernel needs only half of attention's FLOPs is not counted, as usual.
 
 The arm `explicit` is softmax attention without fused kernels, with its (T, T) matrices in memory.
 """
 import importlib.util
-import multiprocessing
 import os
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import train
+import train_lra
+from data.lra import TASKS
 from engine import options
-from engine.packed import for_sampling
-from engine.options import UserError
 from engine.device import DTYPES, Compute, ComputeConfig, pick_device, pick_dtype
-from model import GPT, Classifier, ModelConfig
+from engine.options import at_least
+from engine.packed import for_sampling
+from engine.trainer import Task, Trainer
+from model import GPT, Classifier
 from sample import generate
-from engine.trainer import Task, Trainer, TrainerConfig
+from study.turns import Worker, in_turn, time_turn
 
 TURN = 0.5  # seconds
 
 
 @dataclass
 class Size:
-    model: ModelConfig
+    """A model, its batch and its sampling."""
+    config: train.Config | train_lra.Config
     vocab_size: int
-    batch_size: int
-    sampling: list[tuple[int, int, int]]  # sequences, tokens of the prompt, new tokens
+    sampling: tuple[tuple[int, int, int], ...] = ()  # sequences, tokens of the prompt, new tokens
     classes: int = 0  # of a classifier; 0: a language model
 
 
+def preset(script, name: str, *changes: str):
+    path = Path(__file__).with_name("config") / f"{name}.toml"
+    return options.parse(script.Config, [str(path), *changes], "")[0]
+
+
+LISTOPS = TASKS["listops"]
 SIZES = {
-    "default": Size(ModelConfig(), 65, 12, [(1, 1, 63)]),
-    "char_gpu": Size(ModelConfig(block_size=256, n_layer=6, n_head=6, n_embd=384), 65, 4, [(1, 1, 255), (8, 1, 255), (1, 200, 50)]),
-    "gpt2_124m": Size(ModelConfig(block_size=1024, n_layer=12, n_head=12, n_embd=768), 50257, 4, [(1, 512, 50)]),
-    "lra_listops": Size(ModelConfig(block_size=2000, n_layer=2, n_head=2, n_embd=64, n_inner=128, bias=True, dropout=0.1), 15, 32, [], 10),
+    "default": Size(train.Config(), 65, ((1, 1, 63),)),
+    "char_gpu": Size(preset(train, "shakespeare_char_gpu", "--batch_size=4", "--dropout=0"), 65,
+                     ((1, 1, 255), (8, 1, 255), (1, 200, 50))),
+    "gpt2_124m": Size(preset(train, "gpt2_124m", "--batch_size=4",
+                             "--gradient_accumulation_steps=1"), 50257, ((1, 512, 50),)),
+    "lra_listops": Size(preset(train_lra, "lra_listops"), LISTOPS.vocab_size,
+                        classes=LISTOPS.classes),
 }
-ARMS = {"baseline": {}, "precond": {"precond": True}, "precond_grad": {"precond": True, "precond_grad": True}, "explicit": {"explicit": True},
-        "nystrom": {"attention": "nystrom"}, "nystrom_precond": {"attention": "nystrom", "precond": True}}
+ARMS = {
+    "baseline": {},
+    "precond": {"precond": True},
+    "precond_grad": {"precond": True, "precond_grad": True},
+    "explicit": {"explicit": True},
+    "nystrom": {"attention": "nystrom"},
+    "nystrom_precond": {"attention": "nystrom", "precond": True},
+}
 NANOGPT_VOCABULARY = {50257: 50304}  # what its train.py makes of GPT-2's
+
+
+def each_of(known: dict):
+    def check(name, value, config):
+        for word in value.split(","):
+            if word not in known:
+                return f"--{name}={word} is unknown: choose of {','.join(known)}"
+    return check
+
+
+def possible(name, value, config):
+    """Whether the sizes go with the arms, and with nanoGPT."""
+    for size in value.split(","):
+        if "nystrom" in config.arms and not SIZES[size].classes:
+            return (f"--arms={config.arms}: nystrom attention is not causal, so {size} cannot "
+                    "have it")
+        if config.against and SIZES[size].classes:
+            return f"--against={config.against}: nanoGPT has no {size}"
+
+
+def checkout(name, value, config):
+    if value and not (Path(value) / "model.py").exists():
+        return f"--{name}={value} holds no model.py: give the folder of a nanoGPT checkout"
 
 
 @dataclass
 class Config(ComputeConfig):
-    sizes: Annotated[str, f"of {', '.join(SIZES)}"] = "default,char_gpu"
-    arms: Annotated[str, f"of {', '.join(ARMS)}"] = "baseline,precond,precond_grad"
-    against: Annotated[str, "folder of a nanoGPT checkout to time beside"] = ""
-    rounds: Annotated[int, "turns of every arm"] = 8
-    batch_size: Annotated[int, "sequences in a step; 0: the size's own"] = 0
+    sizes: Annotated[str, f"models, with commas: {', '.join(SIZES)}", each_of(SIZES),
+                     possible] = "default,char_gpu"
+    arms: Annotated[str, f"with commas: {', '.join(ARMS)}",
+                    each_of(ARMS)] = "baseline,precond,precond_grad"
+    against: Annotated[str, "folder of a nanoGPT checkout to time beside", checkout] = ""
+    rounds: Annotated[int, "turns of every arm", at_least(1)] = 8
+    batch_size: Annotated[int, "sequences in a step; 0: the size's own", at_least(0)] = 0
     sampling: Annotated[bool, "time sampling too"] = True
-    checkpoint_activations: Annotated[bool, "add an arm, the first one with activations computed again"] = False
-    profile: Annotated[bool, "write a table and a trace of torch.profiler for the first arm"] = False
+    checkpoint_activations: Annotated[bool, "add an arm: the first one, with activations computed "
+                                            "again"] = False
+    profile: Annotated[bool, "write torch.profiler's table and trace of the first arm"] = False
     out_dir: Annotated[str, "folder of the profiles"] = "bench"
-    threads: Annotated[int, "of each process; 0: PyTorch's choice"] = 0
+    threads: Annotated[int, "threads of each process; 0: PyTorch's choice", at_least(0)] = 0
     compile: Annotated[bool, "torch.compile the models, nanoGPT's too"] = False
     loss: Annotated[Literal["auto", "plain", "chunked"], "as in train.py"] = "auto"
     fused: Annotated[bool, "as in train.py"] = True
     tune_malloc: Annotated[bool, "as in train.py"] = True
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name, known in (("sizes", SIZES), ("arms", ARMS)):
-            for word in getattr(self, name).split(","):
-                if word not in known:
-                    raise ValueError(f"--{name}={word} is unknown: choose of {','.join(known)}")
-        for name in self.sizes.split(","):
-            if not SIZES[name].classes and "nystrom" in self.arms:
-                raise ValueError(f"--arms={self.arms}: nystrom attention is not causal, so {name} cannot have it")
-            if SIZES[name].classes and self.against:
-                raise ValueError(f"--against={self.against}: nanoGPT has no {name}")
-        if self.rounds < 1 or self.batch_size < 0 or self.threads < 0:
-            raise ValueError(f"rounds={self.rounds} must be at least 1, batch_size={self.batch_size} and threads={self.threads} "
-                             "not negative")
-        if self.against and not (Path(self.against) / "model.py").exists():
-            raise ValueError(f"--against={self.against} holds no model.py: give the folder of a nanoGPT checkout")
-
 
 class RandomTokens(Task):
-    """A task for the Trainer: uniformly random tokens, and labels for a classifier."""
+    """A task for the Trainer: random tokens, and random targets or labels."""
     train_metrics = ("train_loss",)
 
     def __init__(self, size: Size):
-        self.tokens = torch.randint(size.vocab_size, (64, size.model.block_size + 1), generator=torch.Generator().manual_seed(0))
-        self.classes = size.classes
+        self.size = size
 
-    def batch(self, first: int, count: int):
-        rows = self.tokens[torch.arange(first, first + count) % len(self.tokens)]
-        x = rows[:, :-1].contiguous()
-        if self.classes:
-            return x, torch.ones_like(x, dtype=torch.bool), rows[:, -1] % self.classes
-        return x, rows[:, 1:].contiguous()
+    def batch(self, first, count):
+        shape = 2, count, self.size.config.block_size
+        generator = torch.Generator().manual_seed(first)
+        x, y = torch.randint(self.size.vocab_size, shape, generator=generator)
+        if self.size.classes:
+            return x, torch.ones_like(x, dtype=torch.bool), y[:, 0] % self.size.classes
+        return x, y
 
     def loss(self, model, *batch):
         return (model(*batch)[1],)
 
 
-class Ours:
+class Runner:
+    """An arm at work: its `compute`, `model` and `flops_per_token`, and what is asked of it.
+
+    Numbers come in lists, which `in_turn` joins.
+    """
+
+    def describe(self):
+        return self.compute.dtype, getattr(self.model, "loss", "plain"), self.flops_per_token
+
+    def memory(self):
+        return [self.compute.peak_memory_mb()]
+
+    def peak(self):
+        return [self.compute.matmul_peak()]
+
+    def train(self):
+        return self.time(self.step)
+
+    def sample(self, sequences: int, length: int, new: int):
+        prompt = torch.zeros((sequences, length), dtype=torch.long, device=self.compute.device)
+        return self.time(lambda: self.generate(prompt, new))
+
+    def time(self, work) -> list[float]:
+        return time_turn(work, self.compute.synchronize, TURN)
+
+    def profile(self, path: Path):
+        """Two steps: PATH.txt, operators by their own time, and PATH.json for chrome://tracing."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with torch.profiler.profile() as profiler:
+            self.step()
+            self.step()
+            self.compute.synchronize()
+        kind = "cpu" if self.compute.device.type == "cpu" else "device"
+        table = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=30)
+        path.with_suffix(".txt").write_text(table)
+        profiler.export_chrome_trace(str(path.with_suffix(".json")))
+
+
+class Ours(Runner):
     """An arm of this project."""
 
     def __init__(self, config: Config, size: Size, arm: dict):
-        self.size, self.compute = size, Compute(config.device, config.dtype, size.model.n_embd)
-        settings = {f.name: getattr(config, f.name) for f in fields(TrainerConfig) if hasattr(config, f.name)}
+        same = "device", "dtype", "compile", "loss", "fused", "tune_malloc"
+        changes = {name: getattr(config, name) for name in same} | arm
+        self.explicit = changes.pop("explicit", False)
+        settings = replace(size.config, **changes)
+        self.compute = Compute(settings.device, settings.dtype, settings.n_embd)
         torch.manual_seed(0)
-        arm = dict(arm)
-        self.explicit = arm.pop("explicit", False)
-        model_config = replace(size.model, loss=config.loss, **arm)
-        self.model = Classifier(model_config, size.vocab_size, size.classes) if size.classes else GPT(model_config, size.vocab_size)
-        self.trainer = Trainer(TrainerConfig(**settings | {"batch_size": size.batch_size}), RandomTokens(size), self.model, self.compute)
+        if size.classes:
+            self.model = Classifier(settings, size.vocab_size, size.classes)
+        else:
+            self.model = GPT(settings, size.vocab_size)
         self.flops_per_token = self.model.flops_per_token()
+        self.trainer = Trainer(settings, RandomTokens(size), self.model, self.compute)
 
     def step(self):
         with sdpa_kernel(SDPBackend.MATH) if self.explicit else nullcontext():
@@ -140,35 +205,39 @@ class Ours:
 
     def prepare_sampling(self):
         del self.trainer
-        for_sampling(self.model.requires_grad_(False).eval(), self.compute.device, DTYPES[self.compute.dtype])
+        self.model.requires_grad_(False).eval()
+        for_sampling(self.model, self.compute.device, DTYPES[self.compute.dtype])
 
-    def sample(self, prompt: torch.Tensor, new_tokens: int):
-        for _ in generate(self.model, prompt, new_tokens, top_k=200):
+    def generate(self, prompt, new):
+        for _ in generate(self.model, prompt, new, top_k=200):
             pass
 
 
-class NanoGPT:
-    """The same model, step and sampling by a nanoGPT checkout, as its train.py and sample.py run it: float32 on a CPU."""
+class NanoGPT(Runner):
+    """The same by a nanoGPT checkout, as its train.py and sample.py do it: in float32 on a CPU."""
 
     def __init__(self, config: Config, size: Size, folder: str):
         spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-        self.compute = Compute(config.device, "float32" if pick_device(config.device).type == "cpu" else config.dtype, size.model.n_embd)
-        shape = {name: getattr(size.model, name) for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias")}
-        vocab_size = NANOGPT_VOCABULARY.get(size.vocab_size, size.vocab_size)
-        self.model = module.GPT(module.GPTConfig(vocab_size=vocab_size, **shape)).to(self.compute.device)
-        self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), self.compute.device.type)
+        c = size.config
+        kind = pick_device(config.device).type
+        dtype = "float32" if kind == "cpu" else config.dtype
+        self.compute = Compute(config.device, dtype, c.n_embd)
+        shape = {f.name: getattr(c, f.name, None) for f in fields(module.GPTConfig)}
+        shape["vocab_size"] = NANOGPT_VOCABULARY.get(size.vocab_size, size.vocab_size)
+        self.model = module.GPT(module.GPTConfig(**shape)).to(self.compute.device)
+        self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
         self.compiled = torch.compile(self.model) if config.compile else self.model
-        self.task, self.batch_size, self.steps = RandomTokens(size), size.batch_size, 0
-        self.flops_per_token = GPT(size.model, size.vocab_size).flops_per_token()
+        self.task = RandomTokens(size)
+        self.batch_size = c.batch_size
+        self.flops_per_token = GPT(c, size.vocab_size).flops_per_token()
 
     def step(self):
-        x, y = self.compute.move(*self.task.batch(self.steps * self.batch_size, self.batch_size))
-        self.steps += 1
+        x, y = self.compute.move(*self.task.batch(0, self.batch_size))
         with self.compute.autocast():
-            loss = self.compiled(x, y)[1]
+            _, loss = self.compiled(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -179,173 +248,107 @@ class NanoGPT:
         self.model.eval()
 
     @torch.no_grad()
-    def sample(self, prompt: torch.Tensor, new_tokens: int):
+    def generate(self, prompt, new):
         with self.compute.autocast():
-            self.model.generate(prompt, new_tokens, top_k=200)
+            self.model.generate(prompt, new, top_k=200)
 
 
-def turn(compute: Compute, work) -> list[float]:
-    """Seconds of each call of work(): one, or as many as fit into TURN."""
-    times, begin = [], time.perf_counter()
-    while not times or time.perf_counter() - begin + times[-1] < TURN:
-        compute.synchronize()
-        start = time.perf_counter()
-        work()
-        compute.synchronize()
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def worker(pipe, config: Config, name: str, arm):
-    """An arm's process: answers the commands that come through the pipe until there are no more."""
+def start(config: Config, size: Size, arm: dict | str) -> Runner:
+    """An arm in its process. arm: what sets it apart, or nanoGPT's folder."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    sys.stdout = open(os.devnull, "w")  # what nanoGPT prints
-    size = sized(config, name)
-    runner = NanoGPT(config, size, arm) if isinstance(arm, str) else Ours(config, size, arm)
-    compute = runner.compute
-    for command, *arguments in iter(pipe.recv, None):
-        if command == "describe":
-            pipe.send((compute.dtype, getattr(runner.model, "loss", "plain"), runner.flops_per_token))
-        elif command == "train":
-            pipe.send(turn(compute, runner.step))
-        elif command == "peak":
-            pipe.send([compute.matmul_peak()])
-        elif command == "memory":
-            pipe.send([compute.peak_memory_mb()])
-        elif command == "profile":
-            pipe.send(profile(runner, Path(config.out_dir) / name))
-        elif command == "prepare_sampling":
-            pipe.send(runner.prepare_sampling())
-        elif command == "sample":
-            sequences, length, new = arguments
-            prompt = torch.zeros(sequences, length, dtype=torch.long, device=compute.device)
-            pipe.send(turn(compute, lambda: runner.sample(prompt, new)))
-
-
-def profile(runner, path: Path) -> str:
-    """Two training steps under torch.profiler: PATH.txt, operators by their own time, and PATH.json, a trace for chrome://tracing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.profiler.profile() as profiler:
-        runner.step()
-        runner.step()
-        runner.compute.synchronize()
-    by = "self_cpu_time_total" if runner.compute.device.type == "cpu" else "self_device_time_total"
-    path.with_suffix(".txt").write_text(profiler.key_averages().table(sort_by=by, row_limit=30))
-    profiler.export_chrome_trace(str(path.with_suffix(".json")))
-    return str(path)
-
-
-class Arm:
-    """A worker process, spoken to through a pipe."""
-
-    def __init__(self, config: Config, name: str, arm):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=worker, args=(theirs, config, name, arm), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def ask(self, *command):
-        try:
-            self.pipe.send(command)
-            return self.pipe.recv()
-        except (EOFError, ConnectionError):
-            self.process.join()
-            raise UserError(f"a process of the bench ended with exit code {self.process.exitcode} (-9: out of memory): its message is "
-                            "above; try fewer --arms or a smaller --batch_size") from None
-
-    def close(self):
-        if self.process.is_alive():
-            self.pipe.send(None)
-        self.process.join()
+    sys.stdout = open(os.devnull, "w")  # what the Trainer and nanoGPT print
+    return (NanoGPT if isinstance(arm, str) else Ours)(config, size, arm)
 
 
 def sized(config: Config, name: str) -> Size:
     size = SIZES[name]
-    return replace(size, batch_size=config.batch_size or size.batch_size)
-
-
-def in_turn(arms: dict[str, Arm], rounds: int, *commands: tuple) -> list[dict[str, list]]:
-    """For each command the arms' answers, lists joined, of `rounds` rounds; a round begins with another arm than the one before."""
-    names, answers = list(arms), [{name: [] for name in arms} for _ in commands]
-    for i in range(rounds):
-        for name in names[i % len(names):] + names[:i % len(names)]:
-            for command, answer in zip(commands, answers):
-                answer[name] += arms[name].ask(*command)
-    return answers
+    batch_size = config.batch_size or size.config.batch_size
+    return replace(size, config=replace(size.config, batch_size=batch_size))
 
 
 def measure(config: Config, name: str) -> dict[str, dict]:
-    """Time one size -> {arm: its numbers}: seconds a step, FLOP/s, MB, tokens/s of training and of each sampling case."""
+    """Time one size -> {arm: its numbers}: seconds a step, FLOP/s, MB, tokens/s."""
     size = sized(config, name)
     kinds = {arm: ARMS[arm] for arm in config.arms.split(",")}
+    first = next(iter(kinds))
     if config.checkpoint_activations:
-        first = next(iter(kinds))
         kinds[f"{first}, checkpointed"] = kinds[first] | {"checkpoint_activations": True}
     if config.against:
         kinds["nanoGPT"] = config.against
     arms = {}
     try:
         for arm, kind in kinds.items():
-            arms[arm] = Arm(config, name, kind)
-        described = {arm: process.ask("describe") for arm, process in arms.items()}
+            arms[arm] = Worker(start, config, size, kind)
+        result = {}
+        tokens = size.config.batch_size * size.config.block_size
+        described = {arm: worker.ask("describe") for arm, worker in arms.items()}
         in_turn(arms, 1, ("train",))  # warm-up
+        # Memory before the peak: measuring the latter starts the former anew on a GPU.
         seconds, memory, peaks = in_turn(arms, config.rounds, ("train",), ("memory",), ("peak",))
-        result, tokens = {}, size.batch_size * size.model.block_size
-        for arm in arms:
-            dtype, loss, flops = described[arm]
-            step, peak = median(seconds[arm]), max(peaks[arm])
-            result[arm] = {"dtype": dtype, "loss": loss, "seconds": step, "quartiles": quartiles(seconds[arm]),
+        for arm, (dtype, loss, flops) in described.items():
+            low, step, high = np.quantile(seconds[arm], (0.25, 0.5, 0.75))
+            peak = max(peaks[arm])
+            result[arm] = {"dtype": dtype, "loss": loss, "seconds": step, "quartiles": (low, high),
                            "memory": max(memory[arm]), "peak": peak, "tokens_per_s": tokens / step,
                            "utilisation": flops * tokens / step / peak, "sampling": {}}
         if config.profile:
-            print(f"profile: {arms[next(iter(arms))].ask('profile')}.txt and .json")
+            path = Path(config.out_dir) / name
+            arms[first].ask("profile", path)
+            print(f"profile: {path}.txt and .json")
         if config.sampling and size.sampling:
-            for process in arms.values():
-                process.ask("prepare_sampling")
+            for worker in arms.values():
+                worker.ask("prepare_sampling")
             for case in size.sampling:
+                sequences, _, new = case
                 in_turn(arms, 1, ("sample", *case))
-                for arm, times in in_turn(arms, max(2, config.rounds // 2), ("sample", *case))[0].items():
-                    result[arm]["sampling"][case] = case[0] * case[2] / median(times)
+                times, = in_turn(arms, max(2, config.rounds // 2), ("sample", *case))
+                for arm in arms:
+                    result[arm]["sampling"][case] = sequences * new / np.median(times[arm])
         return result
     finally:
-        for process in arms.values():
-            process.close()
-
-
-def quartiles(seconds: list[float]) -> tuple[float, float]:
-    low, _, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-    return low, high
+        for worker in arms.values():
+            worker.close()
 
 
 def table(result: dict[str, dict]) -> str:
-    """What `measure` found, as text; time and memory also as ratios to the first arm and to nanoGPT."""
+    """What `measure` found; time and memory also as ratios to the first arm and to nanoGPT."""
     first = next(iter(result))
-    others = [first] + ["nanoGPT"] * ("nanoGPT" in result and first != "nanoGPT")
-    lines = [f"{'arm':<24}{'dtype':>9}{'loss':>9}{'ms/step':>10} "
-             f"{'quartiles':<17}{'tokens/s':>9}{'peak MB':>9}{'util.':>7}{'of GFLOP/s':>11}"
-             + "".join(f"{'time, memory / ' + other:>25}" for other in others)]
+    references = {arm: r for arm, r in result.items() if arm in (first, "nanoGPT")}
+    header = (f"{'arm':<24}{'dtype':>9}{'loss':>9}{'ms/step':>10} {'quartiles':<17}"
+              f"{'tokens/s':>9}{'peak MB':>9}{'util.':>7}{'of GFLOP/s':>11}")
+    for other in references:
+        header += f"{'time, memory / ' + other:>25}"
+    lines = [header]
     for arm, r in result.items():
         low, high = (f"{1e3 * q:.4g}" for q in r["quartiles"])
-        ratios = "".join(f"{r['seconds'] / result[o]['seconds']:>17.3f}{r['memory'] / result[o]['memory']:>8.3f}" for o in others)
-        lines.append(f"{arm:<24}{r['dtype']:>9}{r['loss']:>9}{1e3 * r['seconds']:>10.4g} {f'[{low}, {high}]':<17}{r['tokens_per_s']:>9.4g}"
-                     f"{r['memory']:>9.0f}{r['utilisation']:>7.1%}{r['peak'] / 1e9:>11.0f}{ratios}")
+        line = (f"{arm:<24}{r['dtype']:>9}{r['loss']:>9}{1e3 * r['seconds']:>10.4g} "
+                f"{f'[{low}, {high}]':<17}{r['tokens_per_s']:>9.4g}{r['memory']:>9.0f}"
+                f"{r['utilisation']:>7.1%}{r['peak'] / 1e9:>11.0f}")
+        for o in references.values():
+            line += f"{r['seconds'] / o['seconds']:>17.3f}{r['memory'] / o['memory']:>8.3f}"
+        lines.append(line)
     for case in result[first]["sampling"]:
         sequences, length, new = case
-        lines.append(f"sampling, {sequences} x {new} tokens after {length}: " + ", ".join(
-            f"{arm} {r['sampling'][case]:.4g} tokens/s" + "".join(
-                f" ({r['sampling'][case] / result[o]['sampling'][case]:.3g} x {o})" for o in others if o != arm)
-            for arm, r in result.items()))
+        parts = []
+        for arm, r in result.items():
+            part = f"{arm} {r['sampling'][case]:.4g} tokens/s"
+            for other, o in references.items():
+                if other != arm:
+                    part += f" ({r['sampling'][case] / o['sampling'][case]:.3g} x {other})"
+            parts.append(part)
+        lines.append(f"sampling, {sequences} x {new} tokens after {length}: " + ", ".join(parts))
     return "\n".join(lines)
 
 
 def main():
     config, _ = options.parse(Config, sys.argv[1:], __doc__)
-    pick_dtype(config.dtype, pick_device(config.device), 0)  # a mistake in them ends here, not in every arm
+    pick_dtype(config.dtype, pick_device(config.device), 0)  # a mistake ends here, not in every arm
     for name in config.sizes.split(","):
-        size, c = sized(config, name), SIZES[name].model
-        print(f"\n{name}: {c.n_layer} layers x {c.n_embd}, vocabulary {size.vocab_size:,}, batch {size.batch_size} x {c.block_size}")
+        size = sized(config, name)
+        c = size.config
+        print(f"\n{name}: {c.n_layer} layers x {c.n_embd}, vocabulary {size.vocab_size:,}, "
+              f"batch {c.batch_size} x {c.block_size}")
         print(table(measure(config, name)), flush=True)
 
 

@@ -1,9 +1,9 @@
 """Write text with a trained model.
 
-    python sample.py                                              # from the best checkpoint in out/
+    python sample.py                                        # from the best checkpoint in out/
     python sample.py --start="ROMEO:" --num_samples=5 --temperature=0.7
     python sample.py --start=FILE:prompt.txt --stop="\\n\\n" --out_dir=out-mine
-    python sample.py --start=LINES:prompts.txt                    # one sample for each line, in one batch
+    python sample.py --start=LINES:prompts.txt              # a prompt a line, all in one batch
 """
 import codecs
 import signal
@@ -15,99 +15,129 @@ from typing import Annotated, Literal
 
 import torch
 
-from engine import checkpoint
-from engine import options
-from engine.packed import for_sampling
-from engine.options import UserError, at_least, in_range
 from data import text
+from engine import checkpoint, options
 from engine.device import DTYPES, Compute, ComputeConfig
 from engine.kv_cache import KVCache
+from engine.options import UserError, at_least, in_range
+from engine.packed import for_sampling
 from model import GPT
 
 
 @dataclass
 class Config(ComputeConfig):
     out_dir: Annotated[str, "folder of the run"] = "out"
-    ckpt: Annotated[Literal["best", "latest"], "best by validation loss, where there is one, or the latest"] = "best"
-    start: Annotated[str, "prompt, FILE:path/to/prompt.txt, or LINES:path/to/prompts.txt, a prompt a line"] = "\n"
-    num_samples: Annotated[int, "samples of a prompt, all drawn in one batch; the first is shown as it is written", at_least(1)] = 3
+    ckpt: Annotated[Literal["best", "latest"],
+                    "best: the lowest validation loss, where it is kept; or the latest"] = "best"
+    start: Annotated[str, "prompt, FILE:path/to/prompt.txt, or LINES:path/to/prompts.txt, a "
+                          "prompt a line"] = "\n"
+    num_samples: Annotated[int, "samples for each prompt, all drawn in one batch; the first is "
+                                "shown as it is written", at_least(1)] = 3
     max_new_tokens: Annotated[int, "length of a sample in tokens", at_least(0)] = 500
-    temperature: Annotated[float, "1: the model's distribution; below: more cautious; 0: always the likeliest token", at_least(0)] = 0.8
+    temperature: Annotated[float, "1: the model's distribution; below: more cautious; 0: always "
+                                  "the likeliest token", at_least(0)] = 0.8
     top_k: Annotated[int, "choose among the k likeliest tokens; 0: all", at_least(0)] = 200
-    top_p: Annotated[float, "choose among the likeliest tokens that hold this probability; 1: all", in_range(0, 1, closed="high")] = 1.0
+    top_p: Annotated[float, "choose among the likeliest tokens that hold this probability; 1: all",
+                     in_range(0, 1, closed="high")] = 1.0
     stop: Annotated[str, "end a sample before this text; \\n is a line end"] = ""
     seed: Annotated[int, "seed for the random choices", options.seed] = 1337
 
 
 @torch.inference_mode()  # cheaper operator calls than no_grad: most of a small model's time
-def generate(model: GPT, prompt: torch.Tensor, max_new_tokens: int, *, padding: torch.Tensor | None = None, temperature: float = 1.0,
-             top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Iterator[torch.Tensor]:
+def generate(model: GPT, prompt: torch.Tensor, max_new_tokens: int, *,
+             padding: torch.Tensor | None = None, temperature: float = 1.0, top_k: int = 0,
+             top_p: float = 1.0, generator: torch.Generator | None = None
+             ) -> Iterator[torch.Tensor]:
     """Yield the next token of each sequence, (B,), max_new_tokens times, after `prompt` (B, T).
 
-    Prompts of different length end together: row i begins with padding[i] tokens of any value that count for nothing (see `stack`).
-    The model sees at most block_size tokens. Keys and values are cached, in the dtype of the model's weights; when the window is full,
-    its last half is kept and the cache computed anew, once for the next block_size / 2 tokens. With padding the window is full for all
-    when it is for the longest. temperature=0 is greedy; `generator` lives on the model's device.
+    Prompts of different length end together: row i begins with padding[i] tokens of any value
+    that count for nothing (see `stack`). The model sees at most block_size tokens. With padding
+    the window is full for all when it is for the longest. temperature=0 is greedy; `generator`
+    lives on the model's device.
     """
-    block, T = model.config.block_size, prompt.size(1)
+    block = model.config.block_size
+    T = prompt.size(1)
     tokens = torch.cat([prompt, prompt.new_empty(prompt.size(0), max_new_tokens)], dim=1)
+    # Keys and values in the dtype of the model's weights.
     cache = KVCache(model.config, prompt.size(0), prompt.device, model.wte.weight.dtype)
-
-    def window(start: int, end: int) -> torch.Tensor:
-        if padding is not None:
-            cache.padding = (padding - start).clamp(min=0)
-        return tokens[:, start:end]
-    new = window(max(0, T - block), T)
+    start = max(0, T - block)
     for end in range(T, T + max_new_tokens):
         if cache.length == block:
+            # Positions are learned, so a window that moves by a token would be computed anew for
+            # each. Keeping its last half, that happens once in block_size / 2 tokens.
             cache.length = 0
-            new = window(end - max(1, block // 2), end)
-        logits = model(new, cache=cache)[0][:, -1].float()
-        new = choose(logits, temperature, top_k, top_p, generator)[:, None]
+            start = end - max(1, block // 2)
+        if cache.length == 0:
+            new = tokens[:, start:end]  # (B, end - start)
+            if padding is not None:
+                cache.padding = (padding - start).clamp(min=0)
+        logits = model(new, cache=cache)[0][:, -1].float()  # (B, V)
+        new = choose(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
         tokens[:, end:end + 1] = new
         yield new[:, 0]
 
 
 def stack(prompts: list[list[int]], device=None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Prompts -> tokens (B, T), filled up with 0 in front, and padding (B,), how many each has; None where all are of one length."""
+    """Prompts -> tokens (B, T), filled up with 0 in front, and padding (B,), how many each has.
+
+    The padding is None where all are of one length.
+    """
     T = max(map(len, prompts))
     tokens = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=device)
     padding = torch.tensor([T - len(p) for p in prompts], device=device)
-    return tokens, padding if min(map(len, prompts)) < T else None
+    return tokens, padding if padding.any() else None
 
 
-def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> torch.Tensor:
+def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
+           generator: torch.Generator | None) -> torch.Tensor:
     """Draw a token from each row of logits (B, V) -> (B,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, tokens = logits / temperature, None
+    logits = logits / temperature
+    tokens = None
     if 0 < top_k < logits.size(-1):
-        logits, tokens = logits.topk(top_k)  # (B, top_k): a draw among all of a large vocabulary needs a random number for each word
+        # Drawing among all of a large vocabulary takes a random number for each word.
+        logits, tokens = logits.topk(top_k)  # (B, top_k)
     if top_p < 1:
-        ordered, index = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        ordered, index = logits.softmax(dim=-1).sort(descending=True)
         excess = ordered.cumsum(dim=-1) - ordered >= top_p  # the tokens before this one suffice
-        logits = logits.masked_fill(torch.zeros_like(excess).scatter(-1, index, excess), -torch.inf)
-    drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
-    return (drawn if tokens is None else tokens.gather(-1, drawn))[:, 0]
+        excess = torch.zeros_like(excess).scatter(-1, index, excess)
+        logits = logits.masked_fill(excess, -torch.inf)
+    drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)  # (B, 1)
+    if tokens is not None:
+        drawn = tokens.gather(-1, drawn)
+    return drawn[:, 0]
 
 
-class Writer:
-    """Turns the tokens of one sample into text as they come; characters of several tokens wait for their last one."""
+class TextStream:
+    """Turns one sample's tokens into text as they come.
+
+    A character of several tokens waits for its last one.
+    """
 
     def __init__(self, tokenizer, stop: str):
-        self.tokenizer, self.stop, self.text, self.shown, self.done = tokenizer, stop, "", 0, False
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.text = ""
+        self.shown = 0  # characters of the text
+        self.done = False
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token: int) -> str:
-        """Take a token; return the text that can be shown now: all but what may turn out to begin the stop text."""
+        """Take a token; return the text that can be shown now.
+
+        That is all but what may turn out to begin the stop text.
+        """
         if self.done:
             return ""
         self.text += self.decoder.decode(self.tokenizer.decode_bytes([token]))
-        if self.stop and (at := self.text.find(self.stop)) >= 0:
-            self.text, self.done = self.text[:at], True
-            return self.show(len(self.text))
-        held = next((n for n in range(len(self.stop) - 1, 0, -1) if self.text.endswith(self.stop[:n])), 0)
-        return self.show(len(self.text) - held)
+        at = self.text.find(self.stop, self.shown) if self.stop else -1
+        if at >= 0:
+            self.text = self.text[:at]
+            self.done = True
+            return self.show(at)
+        begins = (n for n in range(len(self.stop)) if self.text.endswith(self.stop[:n]))
+        return self.show(len(self.text) - max(begins, default=0))
 
     def end(self) -> str:
         """The text that was still held back."""
@@ -116,14 +146,16 @@ class Writer:
             self.done = True
         return self.show(len(self.text))
 
-    def show(self, until: int) -> str:
-        part, self.shown = self.text[self.shown:until], max(self.shown, until)
+    def show(self, end: int) -> str:
+        part = self.text[self.shown:end]
+        self.shown = end
         return part
 
 
 def read_prompts(start: str) -> list[str]:
-    """The prompt itself, the contents of the file that FILE:path names, or the lines of LINES:path. Raises UserError."""
-    prompts, (kind, _, path) = [start], start.partition(":")
+    """The prompt itself, the content of FILE:path, or the lines of LINES:path. Raises UserError."""
+    prompts = [start]
+    kind, _, path = start.partition(":")
     if kind in ("FILE", "LINES"):
         try:
             content = Path(path).read_text(encoding="utf-8")
@@ -131,7 +163,9 @@ def read_prompts(start: str) -> list[str]:
             raise UserError(f"--start={start}: no such file") from None
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"--start={start}: cannot be read as UTF-8 text ({e})") from None
-        prompts = [content] if kind == "FILE" else [line for line in content.split("\n") if line]
+        prompts = [content]
+        if kind == "LINES":
+            prompts = [line for line in content.split("\n") if line]
     if not prompts or not prompts[0]:
         raise UserError("the prompt is empty: give at least one character with --start")
     return prompts
@@ -143,23 +177,23 @@ def main():
     tokenizer = text.load_tokenizer(saved["task"]["tokenizer"])
     prompts = [prompt for prompt in read_prompts(config.start) for _ in range(config.num_samples)]
     with Compute(config.device, config.dtype, saved["config"]["n_embd"]) as compute:
-        model = for_sampling(GPT.from_checkpoint(saved), compute.device, DTYPES[compute.dtype])
+        dtype = DTYPES[compute.dtype]
+        model = for_sampling(GPT.from_checkpoint(saved), compute.device, dtype)
         generator = torch.Generator(compute.device).manual_seed(config.seed)
         batch, padding = stack([tokenizer.encode(prompt) for prompt in prompts], compute.device)
-        writers = [Writer(tokenizer, config.stop.replace("\\n", "\n")) for _ in prompts]
+        streams = [TextStream(tokenizer, config.stop.replace("\\n", "\n")) for _ in prompts]
         print(prompts[0], end="", flush=True)
-        for new in generate(model, batch, config.max_new_tokens, padding=padding, temperature=config.temperature, top_k=config.top_k,
+        for new in generate(model, batch, config.max_new_tokens, padding=padding,
+                            temperature=config.temperature, top_k=config.top_k,
                             top_p=config.top_p, generator=generator):
-            for i, (writer, token) in enumerate(zip(writers, new.tolist())):
-                part = writer.add(token)
-                if i == 0:
-                    print(part, end="", flush=True)
-            if all(writer.done for writer in writers):
+            parts = [stream.add(token) for stream, token in zip(streams, new.tolist())]
+            print(parts[0], end="", flush=True)
+            if all(stream.done for stream in streams):
                 break
-        print(writers[0].end())
-        for prompt, writer in zip(prompts[1:], writers[1:]):
-            writer.end()
-            print("-" * 20 + f"\n{prompt}{writer.text}")
+        print(streams[0].end())
+        for prompt, stream in zip(prompts[1:], streams[1:]):
+            stream.end()
+            print("-" * 20 + f"\n{prompt}{stream.text}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""bench.py on a model of toy size: arms in processes of their own, the columns it derives, mistakes."""
+"""bench.py on a model of toy size: arms in processes of their own, derived columns, mistakes."""
 import json
 import textwrap
 
@@ -7,14 +7,19 @@ import torch
 
 import bench
 from conftest import error, shell
-from model import GPT, ModelConfig
+from model import GPT
+from train import Config
+from train_lra import Config as ClassifierConfig
 
+SHAPE = dict(block_size=8, n_layer=1, n_head=2, n_embd=16, batch_size=2)
+SIZE = bench.Size(Config(**SHAPE), 13)
 TINY = """
     import sys
     sys.path.insert(0, {root!r})
     import bench
-    from model import ModelConfig
-    bench.SIZES["default"] = bench.Size(ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16), 13, 2, [(1, 1, 7), (2, 3, 4)])
+    from train import Config
+    tiny = Config(block_size=8, n_layer=1, n_head=2, n_embd=16, batch_size=2)
+    bench.SIZES["default"] = bench.Size(tiny, 13, ((1, 1, 7), (2, 3, 4)))
     bench.TURN = 0.02
     if __name__ == "__main__":
         bench.options.run(bench.main)
@@ -40,7 +45,8 @@ NANOGPT = """
             self.table = torch.nn.Embedding(config.vocab_size, config.vocab_size)
 
         def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-            return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+            return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas,
+                                     weight_decay=weight_decay)
 
         def forward(self, x, y):
             logits = self.table(x)
@@ -53,31 +59,41 @@ NANOGPT = """
 
 def test_a_bench_of_all_arms(tmp_path):
     """A round of three arms and a stand-in for nanoGPT; a profile."""
-    (tmp_path / "tiny.py").write_text(textwrap.dedent(TINY).format(root=bench.__file__.removesuffix("bench.py")))
+    root = bench.__file__.removesuffix("bench.py")
+    (tmp_path / "tiny.py").write_text(textwrap.dedent(TINY).format(root=root))
     (tmp_path / "nano").mkdir()
     (tmp_path / "nano/model.py").write_text(textwrap.dedent(NANOGPT))
-    done = shell(tmp_path / "tiny.py", "--sizes=default", "--rounds=1", "--arms=baseline,precond", f"--against={tmp_path / 'nano'}",
-                 "--checkpoint_activations", "--profile", f"--out_dir={tmp_path / 'profile'}", "--device=cpu", "--dtype=bfloat16")
+    done = shell(tmp_path / "tiny.py", "--sizes=default", "--rounds=1", "--arms=baseline,precond",
+                 f"--against={tmp_path / 'nano'}", "--checkpoint_activations", "--profile",
+                 f"--out_dir={tmp_path / 'profile'}", "--device=cpu", "--dtype=bfloat16")
     lines = done.stdout.strip().splitlines()
-    assert lines[0] == "default: 1 layers x 16, vocabulary 13, batch 2 x 8" and "time, memory / nanoGPT" in lines[2], done.stdout
+    assert lines[0] == "default: 1 layers x 16, vocabulary 13, batch 2 x 8", done.stdout
+    assert "time, memory / nanoGPT" in lines[2], done.stdout
     arms = {line[:24].strip(): line[24:].split() for line in lines[3:7]}
     assert list(arms) == ["baseline", "precond", "baseline, checkpointed", "nanoGPT"]
     assert [row[0] for row in arms.values()] == ["bfloat16"] * 3 + ["float32"]
-    for ms, tokens, memory, utilisation in ((float(row[2]), float(row[5]), float(row[6]), row[7]) for row in arms.values()):
-        assert tokens == pytest.approx(2 * 8 / ms * 1e3, rel=2e-3) and memory > 50 and utilisation.endswith("%")
-    assert arms["baseline"][-4:-2] == ["1.000", "1.000"] and arms["nanoGPT"][-2:] == ["1.000", "1.000"]
-    assert "sampling, 1 x 7 tokens after 1: baseline " in lines[7] and "sampling, 2 x 4 tokens after 3: baseline " in lines[8]
+    for row in arms.values():
+        ms, tokens, memory = float(row[2]), float(row[5]), float(row[6])
+        assert tokens == pytest.approx(2 * 8 / ms * 1e3, rel=2e-3)
+        assert memory > 50 and row[7].endswith("%")
+    assert arms["baseline"][-4:-2] == ["1.000", "1.000"]
+    assert arms["nanoGPT"][-2:] == ["1.000", "1.000"]
+    assert "sampling, 1 x 7 tokens after 1: baseline " in lines[7]
+    assert "sampling, 2 x 4 tokens after 3: baseline " in lines[8]
     assert "aten::" in (tmp_path / "profile/default.txt").read_text()
     assert json.loads((tmp_path / "profile/default.json").read_text())["traceEvents"]
 
 
 def test_utilisation_is_flops_over_the_measured_peak(monkeypatch):
-    """1,000 FLOPs a token at 16 tokens in 2 s on a machine of 32,000 FLOP/s: 25%. Medians and the best peak count.
+    """1,000 FLOPs a token at 16 tokens in 2 s on a machine of 32,000 FLOP/s: 25%. Medians and the
+    best peak count.
 
     Memory is read before the matrix product is timed, which starts its peak anew."""
-    class FakeArm:
-        def __init__(self, config, name, arm):
-            self.seconds, self.peaks, self.memory = iter([[9.0], [1.0, 2.0], [2.0, 50.0]]), iter([[20e3], [32e3]]), 100.0
+    class FakeWorker:
+        def __init__(self, start, config, size, arm):
+            self.seconds = iter([[9.0], [1.0, 2.0], [2.0, 50.0]])
+            self.peaks = iter([[20e3], [32e3]])
+            self.memory = 100.0
 
         def ask(self, command):
             if command in ("train", "peak"):
@@ -87,58 +103,53 @@ def test_utilisation_is_flops_over_the_measured_peak(monkeypatch):
 
         def close(self):
             pass
-    monkeypatch.setattr(bench, "Arm", FakeArm)
-    monkeypatch.setitem(bench.SIZES, "default", bench.Size(ModelConfig(block_size=8), 13, 2, []))
-    result = bench.measure(bench.Config(arms="precond", rounds=2, sampling=False), "default")["precond"]
-    assert result["seconds"] == 2.0 and result["tokens_per_s"] == 8.0 and result["memory"] == 300.0 and result["utilisation"] == 0.25
-
-
-def test_turns_change_their_order():
-    order = []
-
-    class FakeArm:
-        def __init__(self, name):
-            self.name = name
-
-        def ask(self, command):
-            order.append(self.name)
-            return [command]
-    answers, = bench.in_turn({name: FakeArm(name) for name in "abc"}, 3, ("train",))
-    assert "".join(order) == "abcbcacab" and answers == {name: ["train"] * 3 for name in "abc"}
+    monkeypatch.setattr(bench, "Worker", FakeWorker)
+    monkeypatch.setitem(bench.SIZES, "default", SIZE)
+    config = bench.Config(arms="precond", rounds=2, sampling=False)
+    result = bench.measure(config, "default")["precond"]
+    assert result["seconds"] == 2.0 and result["tokens_per_s"] == 8.0
+    assert result["memory"] == 300.0 and result["utilisation"] == 0.25
 
 
 def test_our_arm_takes_the_trainer_s_steps():
     torch.set_num_threads(1)
-    size = bench.Size(ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16), 13, 2, [])
-    arm = bench.Ours(bench.Config(device="cpu"), size, {"precond": True})
+    arm = bench.Ours(bench.Config(device="cpu"), SIZE, {"precond": True})
     before = [p.clone() for p in arm.model.parameters()]
     arm.step()
-    assert arm.trainer.step == 1 and not any(torch.equal(p, q) for p, q in zip(arm.model.parameters(), before))
-    assert arm.model.config.precond and arm.flops_per_token == GPT(size.model, 13).flops_per_token()
+    assert arm.trainer.step == 1
+    assert not any(torch.equal(p, q) for p, q in zip(arm.model.parameters(), before))
+    assert arm.model.config.precond
+    assert arm.flops_per_token == GPT(SIZE.config, 13).flops_per_token()
 
 
 def test_explicit_attention_and_nystrom_of_a_classifier(monkeypatch):
     """The same function by other kernels, and a step of each."""
     used = []
-    monkeypatch.setattr(bench, "sdpa_kernel", lambda kernel: used.append(kernel) or bench.nullcontext())
-    size = bench.Size(ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16), 13, 2, [], classes=3)
-    arms = {name: bench.Ours(bench.Config(device="cpu"), size, bench.ARMS[name]) for name in ("baseline", "explicit", "nystrom_precond")}
+    monkeypatch.setattr(bench, "sdpa_kernel",
+                        lambda kernel: used.append(kernel) or bench.nullcontext())
+    size = bench.Size(ClassifierConfig(**SHAPE), 13, classes=3)
+    arms = {name: bench.Ours(bench.Config(device="cpu"), size, bench.ARMS[name])
+            for name in ("baseline", "explicit", "nystrom_precond")}
     for arm in arms.values():
         arm.step()
     assert used == [bench.SDPBackend.MATH]
-    assert all(torch.equal(p, q) for p, q in zip(arms["baseline"].model.parameters(), arms["explicit"].model.parameters()))
-    config = arms["nystrom_precond"].model.config
-    assert config.attention == "nystrom" and config.precond and arms["baseline"].model.head[-1].out_features == 3
+    parameters = (arms[name].model.parameters() for name in ("baseline", "explicit"))
+    assert all(torch.equal(p, q) for p, q in zip(*parameters))
+    model = arms["nystrom_precond"].model
+    assert model.config.attention == "nystrom" and model.config.precond
+    assert arms["baseline"].model.head[-1].out_features == 3
 
 
 def test_an_arm_that_dies_is_one_line(tmp_path, call, monkeypatch):
     (tmp_path / "model.py").write_text("raise SystemExit(3)\n")
-    monkeypatch.setitem(bench.SIZES, "default", bench.Size(ModelConfig(block_size=8, n_layer=1, n_head=2, n_embd=16), 13, 2, []))
-    assert "exit code 3" in error(call(bench, "--sizes=default", "--arms=baseline", f"--against={tmp_path}"))
+    monkeypatch.setitem(bench.SIZES, "default", SIZE)
+    assert "exit code 3" in error(call(bench, "--sizes=default", "--arms=baseline",
+                                       f"--against={tmp_path}"))
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--sizes=default,huge"], "--sizes=huge is unknown: choose of default,char_gpu,gpt2_124m"),
+    (["--sizes=default,huge"],
+     "--sizes=huge is unknown: choose of default,char_gpu,gpt2_124m"),
     (["--arms=postcond"], "--arms=postcond"),
     (["--against=/nowhere"], "holds no model.py"),
     (["--sizes=lra_listops,default", "--arms=nystrom"], "not causal, so default cannot have it"),

@@ -1,4 +1,4 @@
-"""sample.py: generation with the cache against the same rule without one, choosing, streaming, mistakes."""
+"""sample.py: generation with the cache against the same rule without one; choosing, streaming."""
 import pytest
 import torch
 
@@ -6,12 +6,24 @@ import sample
 import train
 from conftest import SMALL, error
 from model import GPT, ModelConfig
-from sample import Writer, choose, generate
+from sample import TextStream, choose, generate, stack
+
+PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9], [3, 2, 3]]
+
+
+def random_model(**options):
+    torch.manual_seed(1)
+    options = dict(block_size=24, n_layer=2, n_head=2, n_embd=16) | options
+    model = GPT(ModelConfig(**options), 13).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return model
 
 
 def slow_greedy(model, prompt, n):
     """The documented rule without a cache: keep the last half of the window when it is full."""
-    block, tokens = model.config.block_size, prompt
+    block = model.config.block_size
+    tokens = prompt
     start = max(0, tokens.size(1) - block)
     for _ in range(n):
         if tokens.size(1) - start > block:
@@ -24,28 +36,61 @@ def slow_greedy(model, prompt, n):
 @pytest.mark.parametrize("precond", [False, True])
 @pytest.mark.parametrize("block, length", [(8, 1), (8, 5), (8, 8), (8, 20), (7, 3), (1, 2)])
 def test_greedy_with_the_cache_is_greedy_without(precond, block, length):
-    torch.manual_seed(1)
-    model = GPT(ModelConfig(block_size=block, n_layer=2, n_head=2, n_embd=16, precond=precond), 13).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.5)
+    model = random_model(block_size=block, precond=precond)
     prompt = torch.randint(13, (3, length))
     got = torch.stack(list(generate(model, prompt, 40, temperature=0)), 1)
     assert torch.equal(got, slow_greedy(model, prompt, 40))
     assert len(got.unique()) > 1
 
 
+@pytest.mark.parametrize("options", [{}, {"precond": True}, {"attention": "linear"}])
+def test_prompts_of_different_length_continue_as_if_alone(options):
+    model = random_model(**options)
+    tokens, padding = stack(PROMPTS)
+    assert padding.tolist() == [4, 8, 0, 6] and tokens[0].tolist() == [0] * 4 + PROMPTS[0]
+    new = list(generate(model, tokens, 15, padding=padding, temperature=0))
+    for row, prompt in zip(torch.stack(new, dim=1), PROMPTS):
+        text = prompt.copy()
+        for _ in range(15):  # without a cache
+            text.append(model(torch.tensor([text]))[0][0, -1].argmax().item())
+        assert row.tolist() == text[len(prompt):]
+    assert stack([[1, 2], [3, 4]])[1] is None
+
+
+def test_padding_is_forgotten_when_the_window_moves():
+    """24 tokens after the longest prompt's start the window moves: then all rows are their last 12
+    tokens and nothing else."""
+    model = random_model()
+    tokens, padding = stack(PROMPTS)
+    new = list(generate(model, tokens, 18, padding=padding, temperature=0))
+    for row, prompt in zip(torch.stack(new, dim=1), PROMPTS):
+        text = prompt + row.tolist()
+        # 9 + 16 and 9 + 17 tokens of the longest: one and two after the window has moved
+        for end in (-2, -1):
+            n = 12 + end + 2
+            logits = model(torch.tensor([text[end - n:end]]))[0]
+            assert logits[0, -1].argmax().item() == text[end]
+
+
 def test_choose_follows_the_distribution():
     logits = torch.tensor([[1.0, 2.0, 0.0, -1.0]])
-    draw = lambda **how: torch.stack([choose(logits.expand(20_000, 4), **dict(temperature=1.0, top_k=0, top_p=1.0) | how,  # noqa: E731
-                                             generator=torch.Generator().manual_seed(0))]).flatten().bincount(minlength=4) / 20_000
+
+    def draw(temperature=1.0, top_k=0, top_p=1.0):
+        generator = torch.Generator().manual_seed(0)
+        drawn = choose(logits.expand(20_000, 4), temperature, top_k, top_p, generator)
+        return drawn.bincount(minlength=4) / 20_000
+
+    def check(got, expected):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0.015)
+
     p = logits[0].softmax(-1)
-    torch.testing.assert_close(draw(), p, rtol=0, atol=0.015)
-    torch.testing.assert_close(draw(temperature=2.0), (logits[0] / 2).softmax(-1), rtol=0, atol=0.015)
+    check(draw(), p)
+    check(draw(temperature=2.0), (logits[0] / 2).softmax(-1))
     two = torch.tensor([p[0], p[1], 0, 0]) / (p[0] + p[1])
-    torch.testing.assert_close(draw(top_k=2), two, rtol=0, atol=0.015)
-    torch.testing.assert_close(draw(top_p=float(p[0] + p[1]) - 0.01), two, rtol=0, atol=0.015)  # 1 alone has too little
+    check(draw(top_k=2), two)
+    check(draw(top_p=float(p[0] + p[1]) - 0.01), two)  # 1 alone has too little
     assert draw(top_p=float(p[1]) - 0.01)[1] == 1
-    torch.testing.assert_close(draw(top_k=3, top_p=float(p[0] + p[1])), two, rtol=0, atol=0.015)  # of three the two hold more
+    check(draw(top_k=3, top_p=float(p[0] + p[1])), two)  # of three the two hold more
     assert draw(temperature=0)[1] == 1
 
 
@@ -53,27 +98,36 @@ class Bytes:
     decode_bytes = staticmethod(bytes)
 
 
-def test_writer_holds_back_what_may_begin_the_stop_text():
-    writer = Writer(Bytes, stop="END")
-    assert [writer.add(token) for token in b"xENyENDz"] == ["x", "", "", "ENy", "", "", "", ""]
-    assert writer.done and writer.text == "xENy" and writer.end() == ""
-    writer = Writer(Bytes, stop="END")
-    assert [writer.add(token) for token in b"xEN"] == ["x", "", ""]
-    assert writer.end() == "EN" and writer.text == "xEN"
+def test_a_stream_holds_back_what_may_begin_the_stop_text():
+    stream = TextStream(Bytes, stop="END")
+    parts = [stream.add(token) for token in b"xENyENDz"]
+    assert parts == ["x", "", "", "ENy", "", "", "", ""]
+    assert stream.done and stream.text == "xENy" and stream.end() == ""
+    stream = TextStream(Bytes, stop="END")
+    assert [stream.add(token) for token in b"xEN"] == ["x", "", ""]
+    assert stream.end() == "EN" and stream.text == "xEN"
 
 
-def test_writer_waits_for_whole_characters():
-    writer = Writer(Bytes, stop="")
-    assert [writer.add(token) for token in "aé€".encode()] == ["a", "", "é", "", "", "€"]
-    writer.add(0xE2)
-    assert writer.end() == "\ufffd"
+def test_a_stream_waits_for_whole_characters():
+    stream = TextStream(Bytes, stop="")
+    assert [stream.add(token) for token in "aé€".encode()] == ["a", "", "é", "", "", "€"]
+    stream.add(0xE2)
+    assert stream.end() == "\ufffd"
+
+
+def test_prompts_of_a_file_s_lines(tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo three\n", encoding="utf-8")
+    assert sample.read_prompts(f"LINES:{tmp_path / 'prompts.txt'}") == ["one", "two three"]
+    assert sample.read_prompts(f"FILE:{tmp_path / 'prompts.txt'}") == ["one\n\ntwo three\n"]
+    assert sample.read_prompts("ROMEO:") == ["ROMEO:"]
 
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["train.py", *SMALL, *corpus, f"--out_dir={folder}", "--max_iters=3"])
+        words = ["train.py", *SMALL, *corpus, f"--out_dir={folder}", "--max_iters=3"]
+        patch.setattr("sys.argv", words)
         train.main()
     return folder
 
@@ -85,14 +139,16 @@ def test_samples_are_repeatable_and_continue_the_prompt(call, run, tmp_path):
     assert code == 0 and err == ""
     samples = out.split("\n--------------------\n")
     assert len(samples) == 3 and all(s.startswith("Préc") for s in samples)
-    assert all(len(s.removesuffix("\n")) == 34 for s in samples[1:-1]) and samples[0] != samples[1]
+    assert all(len(s.removesuffix("\n")) == 34 for s in samples[1:-1])
+    assert samples[0] != samples[1]
     assert call(sample, *options, f"--start=FILE:{tmp_path / 'prompt.txt'}")[1] == out
     assert call(sample, *options, "--start=Préc", "--seed=1")[1] != out
     assert call(sample, *options, "--start=Préc", "--ckpt=latest")[0] == 0
 
 
 def test_stop(call, run):
-    options = [f"--out_dir={run}", "--num_samples=1", "--max_new_tokens=200", "--start=a", "--temperature=2"]
+    options = [f"--out_dir={run}", "--num_samples=1", "--max_new_tokens=200", "--start=a",
+               "--temperature=2"]
     whole = call(sample, *options)[1][:-1]
     assert len(whole) == 201
     stop = whole[40:42]

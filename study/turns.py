@@ -1,0 +1,71 @@
+"""Processes that take turns, so that their times are measured side by side: bench.py's arms."""
+import multiprocessing
+import time
+from collections.abc import Callable
+
+from engine.options import UserError
+
+
+class Worker:
+    """make(*arguments) in a process of its own, whose methods are called through a pipe."""
+
+    def __init__(self, make: Callable, *arguments):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, make, arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self, method: str, *arguments):
+        """What the method returns. Raises UserError where the process has died."""
+        try:
+            self.pipe.send((method, arguments))
+            return self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            raise UserError("a process of the bench ended with exit code "
+                            f"{self.process.exitcode} (-9: out of memory): its message is above; "
+                            "try fewer --arms or a smaller --batch_size") from None
+
+    def close(self):
+        self.process.kill()
+        self.process.join()
+
+
+def serve(pipe, make: Callable, arguments: tuple):
+    """The life of a Worker's process."""
+    served = make(*arguments)
+    while True:
+        method, arguments = pipe.recv()
+        pipe.send(getattr(served, method)(*arguments))
+
+
+def in_turn(workers: dict[str, Worker], rounds: int, *commands: tuple) -> list[dict[str, list]]:
+    """For each command the workers' answers, lists joined, of all rounds.
+
+    A round begins with another worker than the one before.
+    """
+    names = list(workers)
+    answers = [{name: [] for name in names} for _ in commands]
+    for _ in range(rounds):
+        for name in names:
+            for command, answer in zip(commands, answers):
+                answer[name] += workers[name].ask(*command)
+        names.append(names.pop(0))
+    return answers
+
+
+def time_turn(work: Callable, synchronize: Callable, seconds: float) -> list[float]:
+    """Seconds of each call of work(): one, or as many as fit into `seconds`.
+
+    synchronize() waits for the device.
+    """
+    times = []
+    begin = time.perf_counter()
+    while not times or time.perf_counter() - begin + times[-1] < seconds:
+        synchronize()
+        start = time.perf_counter()
+        work()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return times
