@@ -1,4 +1,4 @@
-"""Exported checkpoints in transformers: the same logits, greedy text and token ids; and back through init_from."""
+"""Exported checkpoints in transformers: the same logits, greedy text and token ids; and back."""
 import json
 import os
 from dataclasses import asdict
@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import checkpoint
 import export
 import precond
-from engine import pretrained
 import train
 from conftest import SMALL, error, read_metrics
-from engine.options import DataError, UserError
 from data import tokens
+from engine import checkpoint, pretrained
+from engine.options import DataError, UserError
 from model import GPT, ModelConfig
 from sample import generate
 
@@ -27,14 +26,14 @@ CHARS = "".join(map(chr, range(32, 90))) + "\né"
 
 def saved(**changes):
     """A checkpoint of random weights, large enough for logits and greedy text that vary."""
-    config = asdict(train.Config(**dict(block_size=24, n_layer=2, n_head=2, n_embd=16) | changes))
+    config = train.Config(**dict(block_size=24, n_layer=2, n_head=2, n_embd=16) | changes)
     torch.manual_seed(0)
-    model = GPT(ModelConfig(**{name: config[name] for name in ModelConfig.__dataclass_fields__}), len(CHARS))
+    model = GPT(config, len(CHARS))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    return {"config": config, "task": {"tokenizer": {"name": "char", "chars": CHARS}, "vocab_size": len(CHARS)}, "step": 7,
-            "model": model.state_dict()}
+    task = {"tokenizer": {"name": "char", "chars": CHARS}, "vocab_size": len(CHARS)}
+    return {"config": asdict(config), "task": task, "step": 7, "model": model.state_dict()}
 
 
 def load(folder, options):
@@ -45,31 +44,37 @@ def load(folder, options):
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [
-    dict(), dict(bias=True), dict(precond=True), dict(precond=True, precond_power=0.5, precond_eps=0.1, precond_grad=True, bias=True),
+    dict(), dict(bias=True), dict(precond=True),
+    dict(precond=True, precond_power=0.5, precond_eps=0.1, precond_grad=True, bias=True),
     dict(precond=True, precond_power=0.0)], ids=lambda changes: " ".join(changes))
 def test_transformers_computes_the_same(changes, tmp_path):
     state = saved(**changes)
     options = export.write(state, tmp_path / "hf")
-    ours, theirs = GPT.from_checkpoint(state), load(tmp_path / "hf", options)
+    ours = GPT.from_checkpoint(state)
+    theirs = load(tmp_path / "hf", options)
     idx = torch.randint(len(CHARS), (3, 24), generator=torch.Generator().manual_seed(1))
     expected = ours(idx)[0]
     assert expected.std() > 0.5
     torch.testing.assert_close(theirs(idx).logits, expected, atol=1e-4, rtol=1e-4)
     text = torch.stack(list(generate(ours, idx[:, :4], 16, temperature=0)), dim=1)
-    greedy = theirs.generate(idx[:, :4], attention_mask=torch.ones(3, 4), max_new_tokens=16, do_sample=False)[:, 4:]
-    assert torch.equal(greedy, text) and text.unique().numel() > 4
+    greedy = theirs.generate(idx[:, :4], attention_mask=torch.ones(3, 4), max_new_tokens=16,
+                             do_sample=False)
+    assert torch.equal(greedy[:, 4:], text) and text.unique().numel() > 4
 
     shapes, kept, weights = pretrained.read(str(tmp_path / "hf"))
-    back = GPT(ModelConfig(**{k: v for k, v in shapes.items() if k != "vocab_size"}, **kept), shapes["vocab_size"])
+    vocab_size = shapes.pop("vocab_size")
+    back = GPT(ModelConfig(**shapes, **kept), vocab_size)
     back.load_state_dict(weights)
     torch.testing.assert_close(back(idx)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_plain_attention_does_not_pass_for_preconditioned(tmp_path, monkeypatch):
-    """Without the registration transformers refuses the folder; asked for plain attention, it computes something else."""
+    """Without the registration transformers refuses the folder; asked for plain attention, it
+    computes something else."""
     options = export.write(saved(precond=True, precond_power=0.5), tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["preconditioned_attention"] == {"grad": False, "eps": 1e-8, "power": 0.5}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["preconditioned_attention"] == {"grad": False, "eps": 1e-8, "power": 0.5}
     from transformers import AttentionInterface
     monkeypatch.delitem(AttentionInterface._global_mapping, "preconditioned", raising=False)
     with pytest.raises(ValueError, match="preconditioned"):
@@ -97,7 +102,8 @@ def with_tokenizer(ours, vocab_size):
 
 def test_characters_and_bytes(tmp_path):
     export.write(saved(), tmp_path / "char")
-    theirs = check_tokenizer(tmp_path / "char", tokens.CharTokenizer(CHARS), ["TO BE,\n\nOR NOT  TO BE ", " é!", "I'M . ,"])
+    samples = ["TO BE,\n\nOR NOT  TO BE ", " é!", "I'M . ,"]
+    theirs = check_tokenizer(tmp_path / "char", tokens.CharTokenizer(CHARS), samples)
     with pytest.raises(Exception, match="UNK"):
         theirs("~")
     export.write(with_tokenizer(tokens.ByteTokenizer(), 256), tmp_path / "bytes")
@@ -111,9 +117,12 @@ def test_gpt2_byte_pairs(tmp_path):
     except DataError as e:
         pytest.skip(str(e))
     export.write(with_tokenizer(ours, ours.vocab_size), tmp_path)
-    theirs = check_tokenizer(tmp_path, ours, ["To be, or not  to be:\n\n that's the question...   ", "antidisestablishmentarianism 3.14159",
-                                              "é日本語 \U0001f600 \x00", " def f(x):\n        return x**2\n"])
-    assert theirs.eos_token_id == ours.eot and json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == ours.eot
+    samples = ["To be, or not  to be:\n\n that's the question...   ",
+               "antidisestablishmentarianism 3.14159", "é日本語 \U0001f600 \x00",
+               " def f(x):\n        return x**2\n"]
+    theirs = check_tokenizer(tmp_path, ours, samples)
+    assert theirs.eos_token_id == ours.eot
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == ours.eot
     assert theirs("<|endoftext|>")["input_ids"] == [ours.eot]
     if path := os.environ.get("TINYSHAKESPEARE"):
         text = open(path, encoding="utf-8").read(50_000)
@@ -131,50 +140,73 @@ def test_what_gpt2_cannot_hold_is_refused(changes, words, tmp_path):
     assert not (tmp_path / "hf").exists()
 
 
-def test_the_script_and_the_way_back(corpus, tmp_path, call):
+def trained(tmp_path, corpus, call, *options):
+    """The folder of a preconditioned run of three steps."""
     run = tmp_path / "run"
-    assert call(train, *SMALL, *corpus, "--precond=True", "--max_iters=3", f"--out_dir={run}")[0] == 0
+    words = [*SMALL, *corpus, "--precond=True", "--max_iters=3", f"--out_dir={run}", *options]
+    assert call(train, *words)[0] == 0
+    return run
+
+
+def test_the_script_and_the_way_back(corpus, tmp_path, call):
+    run = trained(tmp_path, corpus, call)
     code, out, err = call(export, f"--out_dir={run}", "--ckpt=latest")
     assert code == 0 and "wrote step 3" in out, err
     lines = out.strip().splitlines()
     namespace = {}
-    exec("\n".join(line.strip() for line in lines[-2:]), namespace)  # the two lines that it prints load the model
+    # The two lines that it prints load the model.
+    exec("\n".join(line.strip() for line in lines[-2:]), namespace)
     idx = torch.arange(12)[None]
     ours = GPT.from_checkpoint(checkpoint.read(run / "ckpt.pt"))
     torch.testing.assert_close(namespace["model"](idx).logits, ours(idx)[0], atol=1e-4, rtol=1e-4)
 
     assert "is not empty" in error(call(export, f"--out_dir={run}"))
     (run / "hf" / "notes.txt").write_text("mine")
-    assert call(export, f"--out_dir={run}", "--overwrite")[0] == 0 and (run / "hf" / "notes.txt").exists()
+    assert call(export, f"--out_dir={run}", "--overwrite")[0] == 0
+    assert (run / "hf" / "notes.txt").exists()
 
 
-def test_training_goes_on_from_an_export_with_its_context_and_preconditioner(corpus, tmp_path, call):
-    run, folder = tmp_path / "run", tmp_path / "hf"
-    assert call(train, *SMALL, *corpus, "--precond=True", "--precond_power=0.5", "--max_iters=3", f"--out_dir={run}")[0] == 0
+def test_training_goes_on_from_an_export(corpus, tmp_path, call):
+    """With its context and its preconditioner, unless the options say otherwise."""
+    run = trained(tmp_path, corpus, call, "--precond_power=0.5")
+    folder = tmp_path / "hf"
     assert call(export, f"--out_dir={run}", f"--to={folder}")[0] == 0
     more = [*corpus, f"--init_from={folder}", "--max_iters=0", *SMALL[-3:]]
-    for name, typed, expected in (("same", [], (16, True, 0.5)), ("off", ["--precond=False", "--block_size=8"], (8, False, 0.5)),
+    for name, typed, expected in (("same", [], (16, True, 0.5)),
+                                  ("off", ["--precond=False", "--block_size=8"], (8, False, 0.5)),
                                   ("paper", ["--precond_power=1"], (16, True, 1.0))):
         code, _, err = call(train, *more, *typed, f"--out_dir={tmp_path / name}")
         assert code == 0, err
         config = checkpoint.read(tmp_path / name / "ckpt.pt")["config"]
         assert (config["block_size"], config["precond"], config["precond_power"]) == expected
-    before, same, off = (read_metrics(folder) for folder in (run, tmp_path / "same", tmp_path / "off"))
+    before, same, off = (read_metrics(tmp_path / name) for name in ("run", "same", "off"))
     assert same[0]["val_loss"] == pytest.approx(before[-1]["val_loss"], abs=1e-5)
     assert abs(off[0]["val_loss"] - before[-1]["val_loss"]) > 1e-3
+
+
+def test_what_does_not_go_with_an_export_is_refused(corpus, tmp_path, call):
+    run = trained(tmp_path, corpus, call, "--precond_power=0.5")
+    folder = tmp_path / "hf"
+    assert call(export, f"--out_dir={run}", f"--to={folder}")[0] == 0
+    more = [f"--init_from={folder}", "--max_iters=0", *SMALL[-3:], f"--out_dir={tmp_path / 'new'}"]
     for option in ("n_layer=3", "attention=linear", "n_inner=77"):
-        assert f"{option}, but {folder} has" in error(call(train, *more, f"--{option}", f"--out_dir={tmp_path / 'other'}"))
+        assert f"{option}, but {folder} has" in error(call(train, *corpus, *more, f"--{option}"))
+
     text = Path(corpus[0].partition("=")[2]).read_text(encoding="utf-8")
-    (tmp_path / "other.txt").write_text(text.translate({ord("e"): "\u0436"}), encoding="utf-8")  # as many characters, another one
-    elsewhere = [f"--data_dir={tmp_path / 'data'}", *more[2:], f"--out_dir={tmp_path / 'other'}"]
-    assert "other characters" in error(call(train, f"--dataset={tmp_path / 'other.txt'}", *elsewhere))
-    (tmp_path / "more.txt").write_text(text + 20 * "\u0436", encoding="utf-8")
-    assert "has a vocabulary of" in error(call(train, f"--dataset={tmp_path / 'more.txt'}", *elsewhere))
+    other, longer = tmp_path / "other.txt", tmp_path / "longer.txt"
+    other.write_text(text.replace("e", "\u0436"), encoding="utf-8")  # as many, but another one
+    longer.write_text(text + 20 * "\u0436", encoding="utf-8")
+    data = f"--data_dir={tmp_path / 'data'}"
+    assert "other characters" in error(call(train, f"--dataset={other}", data, *more))
+    assert "has a vocabulary of" in error(call(train, f"--dataset={longer}", data, *more))
+
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"preconditioned_attention": {"grad": False}}))
-    assert "needs grad, eps and power" in error(call(train, *more, f"--out_dir={tmp_path / 'damaged'}"))
-    (folder / "config.json").write_text(json.dumps(config | {"preconditioned_attention": {"grad": False, "eps": -1, "power": 1}}))
-    assert "precond_eps=-1.0 must not be negative" in error(call(train, *more, f"--out_dir={tmp_path / 'damaged'}"))
+    for options, words in (({"grad": False}, "needs grad, eps and power"),
+                           ({"grad": False, "eps": -1, "power": 1},
+                            "precond_eps=-1.0 must not be negative")):
+        changed = config | {"preconditioned_attention": options}
+        (folder / "config.json").write_text(json.dumps(changed))
+        assert words in error(call(train, *corpus, *more))
 
 
 def test_mistakes(tmp_path, call):
@@ -183,4 +215,5 @@ def test_mistakes(tmp_path, call):
     assert "no language model of train.py" in error(call(export, f"--out_dir={tmp_path}"))
     torch.save(saved(), tmp_path / "ckpt.pt")
     (tmp_path / "file").write_text("")
-    assert "cannot write to" in error(call(export, f"--out_dir={tmp_path}", f"--to={tmp_path / 'file'}"))
+    message = error(call(export, f"--out_dir={tmp_path}", f"--to={tmp_path / 'file'}"))
+    assert "cannot write to" in message

@@ -1,4 +1,7 @@
-"""A random GPT-2 that transformers saved gives the same logits and tokens here; what cannot be read says so in one line."""
+"""engine/pretrained.py: a random GPT-2 that transformers saved gives the same logits and tokens.
+
+What cannot be read says so in one line.
+"""
 import json
 import shutil
 
@@ -6,9 +9,9 @@ import pytest
 import torch
 
 from engine import pretrained
+from engine.kv_cache import KVCache
 from engine.options import UserError
 from model import GPT, ModelConfig
-from engine.kv_cache import KVCache
 
 EXTRA = "pip install -r requirements-extra.txt"
 transformers = pytest.importorskip("transformers", reason=EXTRA)
@@ -20,16 +23,18 @@ VOCAB = 61
 
 @pytest.fixture(scope="module")
 def reference():
-    """initializer_range 0.1, biases and gains that are not 0 and 1, so that a wrong GELU, layout or a lost bias shows.
+    """initializer_range 0.1, biases and gains that are not 0 and 1: a wrong GELU, a wrong layout
+    or a lost bias shows.
 
     Longer position vectors keep greedy text from repeating one token.
     """
-    config = transformers.GPT2Config(n_positions=32, n_layer=3, n_head=4, n_embd=48, vocab_size=VOCAB, initializer_range=0.1,
-                                     bos_token_id=0, eos_token_id=0)
+    config = transformers.GPT2Config(n_positions=32, n_layer=3, n_head=4, n_embd=48,
+                                     vocab_size=VOCAB, initializer_range=0.1, bos_token_id=0,
+                                     eos_token_id=0)
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         model.transformer.wpe.weight.mul_(8)
@@ -64,6 +69,11 @@ def resave(folder, change):
     safetensors_torch.save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
 
 
+def check_equal(state, expected):
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
 @torch.no_grad()
 def test_logits_and_loss_equal_transformers(reference, folder):
     idx = torch.randint(VOCAB, (3, 32), generator=torch.Generator().manual_seed(1))
@@ -79,9 +89,11 @@ def test_logits_and_loss_equal_transformers(reference, folder):
 @torch.no_grad()
 def test_greedy_tokens_equal_transformers(reference, folder):
     idx = torch.tensor([[3, 14, 15, 9], [2, 6, 5, 35]])
-    theirs = reference.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False, eos_token_id=None)
+    theirs = reference.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=20,
+                                do_sample=False, eos_token_id=None)
     model = build(str(folder))
-    cache, ours, x = KVCache(model.config, batch=2), idx, idx
+    cache = KVCache(model.config, batch=2)
+    ours = x = idx
     for _ in range(20):
         x = model(x, cache=cache)[0].argmax(-1)
         ours = torch.cat([ours, x], dim=1)
@@ -108,12 +120,14 @@ def test_shards_half_precision_and_names_without_prefix(reference, tmp_path):
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     state = pretrained.read(str(tmp_path / "shards"))[2]
     full = {key: tensor.float() for key, tensor in half.state_dict().items()}
-    assert torch.equal(state["blocks.1.attn.qkv.weight"], full["transformer.h.1.attn.c_attn.weight"].t())
+    expected = full["transformer.h.1.attn.c_attn.weight"].t()
+    assert torch.equal(state["blocks.1.attn.qkv.weight"], expected)
     assert all(tensor.dtype == torch.float32 for tensor in state.values())
     reference.transformer.save_pretrained(tmp_path / "bare")
     assert "h.0.ln_1.weight" in safetensors_torch.load_file(tmp_path / "bare" / "model.safetensors")
     idx = torch.arange(12).view(1, 12)
-    torch.testing.assert_close(build(str(tmp_path / "bare"))(idx)[0], reference(idx).logits, atol=1e-4, rtol=1e-4)
+    model = build(str(tmp_path / "bare"))
+    torch.testing.assert_close(model(idx)[0], reference(idx).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_buffers_of_old_files_are_ignored(folder):
@@ -122,7 +136,7 @@ def test_buffers_of_old_files_are_ignored(folder):
                                        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
                                        "lm_head.weight": t["transformer.wte.weight"].clone()}))
     state = pretrained.read(str(folder))[2]
-    assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
+    check_equal(state, expected)
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -148,15 +162,19 @@ def test_another_architecture_is_refused(folder, changes, message):
 
 
 def test_settings_that_do_not_change_the_result_are_accepted(folder):
-    reconfigure(folder, n_inner=192, reorder_and_upcast_attn=True, activation_function="gelu_pytorch_tanh", tie_word_embeddings=...)
-    assert pretrained.read(str(folder))[0] == dict(block_size=32, n_layer=3, n_head=4, n_embd=48, vocab_size=VOCAB, bias=True)
+    reconfigure(folder, n_inner=192, reorder_and_upcast_attn=True,
+                activation_function="gelu_pytorch_tanh", tie_word_embeddings=...)
+    shapes = dict(block_size=32, n_layer=3, n_head=4, n_embd=48, vocab_size=VOCAB, bias=True)
+    assert pretrained.read(str(folder))[0] == shapes
 
 
 @pytest.mark.parametrize("change, message", [
     (lambda t: t.pop("transformer.h.1.mlp.c_fc.bias"), "no tensor h.1.mlp.c_fc.bias"),
     (lambda t: t.update(extra=torch.ones(1)), "1 tensors that GPT-2 does not have, extra"),
-    (lambda t: t.update({"lm_head.weight": torch.zeros(VOCAB, 48)}), "lm_head.weight is not wte.weight"),
-    (lambda t: t.update({"transformer.wpe.weight": torch.zeros(32, 48, dtype=torch.int8)}), "wpe.weight is torch.int8"),
+    (lambda t: t.update({"lm_head.weight": torch.zeros(VOCAB, 48)}),
+     "lm_head.weight is not wte.weight"),
+    (lambda t: t.update({"transformer.wpe.weight": torch.zeros(32, 48, dtype=torch.int8)}),
+     "wpe.weight is torch.int8"),
 ])
 def test_wrong_tensors_are_refused(folder, change, message):
     resave(folder, change)
@@ -165,11 +183,13 @@ def test_wrong_tensors_are_refused(folder, change, message):
 
 
 def test_damaged_and_missing_files(folder, reference, tmp_path):
-    weights, config = folder / "model.safetensors", folder / "config.json"
+    weights = folder / "model.safetensors"
+    config = folder / "config.json"
     whole = weights.read_bytes()
     for length in (0, 5, 200, len(whole) // 2, len(whole) - 1):
         weights.write_bytes(whole[:length])
-        with pytest.raises(UserError, match="cannot read .*model.safetensors.*damaged or incomplete"):
+        message = "cannot read .*model.safetensors.*damaged or incomplete"
+        with pytest.raises(UserError, match=message):
             pretrained.read(str(folder))
     weights.unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
@@ -201,11 +221,12 @@ def test_published_names_go_through_the_hub(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="^cannot download openai-community/gpt2-medium[^\n]*$"):
         pretrained.read("gpt2-medium")
-    repository, commit = tmp_path / "cache" / "models--openai-community--gpt2-medium", "0" * 40
+    repository = tmp_path / "cache" / "models--openai-community--gpt2-medium"
+    commit = "0" * 40
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     shutil.copytree(folder, repository / "snapshots" / commit)
     expected = pretrained.read(str(folder))
     shapes, _, state = pretrained.read("gpt2-medium")
-    assert shapes == expected[0] and state.keys() == expected[2].keys()
-    assert all(torch.equal(state[key], expected[2][key]) for key in state)
+    assert shapes == expected[0]
+    check_equal(state, expected[2])
