@@ -12,6 +12,7 @@ spread evenly over it: what `Tokens` checks where reading everything would take 
 """
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -263,35 +264,47 @@ class Tokens:
         stored = self.meta["splits"][split]
         self.bytes = stored["bytes"]
         self.remedy = f"remove {folder} and prepare it again"
-        self.shards = []
-        dtype = np.dtype(self.meta["dtype"])
-        for shard in stored["shards"]:
-            path = self.folder / shard["file"]
-            size = shard["tokens"] * dtype.itemsize
-            if not size or not path.is_file() or path.stat().st_size != size:
-                raise DataError(f"{path} is missing or damaged ({size} bytes expected): "
-                                f"{self.remedy}")
-            self.shards.append(np.memmap(path, dtype=dtype, mode="r"))
-        self._check(stored, len(self) * dtype.itemsize <= WHOLE)
+        try:
+            self.shards = [self._map(**shard) for shard in stored["shards"]]
+            self._check(stored)
+        except OSError as error:
+            raise DataError(f"the {split} tokens in {folder} cannot be read ({error.strerror}): "
+                            "check the disk and who may read it") from error
 
     def __len__(self) -> int:
         return self.meta["splits"][self.split]["tokens"]
 
-    def _check(self, stored: dict, whole: bool):
-        parts = self.shards if whole else [_sample(self.shards)]
-        sha256 = hashlib.sha256()
-        for part in parts:
-            sha256.update(part)
+    def _map(self, file: str, tokens: int) -> np.memmap:
+        path = self.folder / file
+        dtype = np.dtype(self.meta["dtype"])
+        size = tokens * dtype.itemsize
+        if not size or not path.is_file() or path.stat().st_size != size:
+            raise DataError(f"{path} is missing or damaged ({size} bytes expected): {self.remedy}")
+        return np.memmap(path, dtype, "r")
+
+    def _check(self, stored: dict):
+        whole = sum(shard.nbytes for shard in self.shards) <= WHOLE
         expected = stored["sha256"] if whole else stored.get("sample")
+        sha256 = hashlib.sha256()
+        largest = 0
+        for part in self._read() if whole else [_sample(self.shards)]:
+            sha256.update(part)
+            largest = max(largest, part.max())
         if expected not in (None, sha256.hexdigest()):
             raise DataError(f"the {self.split} tokens in {self.folder} are not those that were "
                             f"prepared (their sha256 differs): {self.remedy}")
-        for part in parts:
-            self._check_ids(part)
+        self._check_id(largest)
 
-    def _check_ids(self, ids: np.ndarray):
-        if ids.max(initial=0) >= self.meta["vocab_size"]:
-            raise DataError(f"the {self.split} tokens in {self.folder} hold {ids.max()}, outside "
+    def _read(self) -> Iterator[np.ndarray]:
+        # Not through the memory maps: what is read of these would count as this process's memory.
+        for shard in self.shards:
+            for start in range(0, len(shard), 2**20):
+                offset = start * shard.itemsize
+                yield np.fromfile(shard.filename, shard.dtype, 2**20, offset=offset)
+
+    def _check_id(self, largest: int):
+        if largest >= self.meta["vocab_size"]:
+            raise DataError(f"the {self.split} tokens in {self.folder} hold {largest}, outside "
                             f"the vocabulary of {self.meta['vocab_size']}: {self.remedy}")
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
@@ -305,7 +318,7 @@ class Tokens:
             raise IndexError(f"windows of {length} from {starts.min()}..{starts.max()} "
                              f"in {len(self)} tokens of {self.folder}")
         windows = _windows(self.shards, starts, length)
-        self._check_ids(windows)  # a large split was checked in places only
+        self._check_id(windows.max(initial=0))  # a large split was checked in places only
         return windows
 
 

@@ -341,6 +341,16 @@ def test_files_that_changed_in_place_are_refused(tmp_path):
     Tokens(folder, "val")
 
 
+def test_files_that_may_not_be_read_are_one_line(tmp_path, monkeypatch):
+    folder = prepare(write(tmp_path / "a.txt", "some text " * 30), tmp_path / "data")
+
+    def memmap(*args):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(np, "memmap", memmap)
+    with pytest.raises(DataError, match=r"train tokens in .* cannot be read \(Permission denied\)"):
+        Tokens(folder, "train")
+
+
 def test_ids_outside_the_vocabulary_are_refused(tmp_path):
     folder = prepare(write(tmp_path / "a.txt", "some text " * 30), tmp_path / "data")
     overwrite(folder / "val_00000.bin", 7, [7])
