@@ -345,4 +345,5 @@ def main():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a path may hold what the terminal cannot show
     options.run(main)

@@ -669,7 +669,7 @@ def test_too_short_for_a_block_says_the_numbers(tmp_path, monkeypatch):
         eval_blocks(train, 20, 5)
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, monkeypatch):
     def run(*args):
         command = [sys.executable, str(ROOT / "data" / "text.py"), *args]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -682,3 +682,6 @@ def test_command_line(tmp_path):
     assert missing.stderr.startswith("text.py: error: dataset 'b.txt' is not a file")
     assert missing.stderr.count("\n") == 1 and not (tmp_path / "other").exists()
     assert run("--help").returncode == 0
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii:strict")
+    shown = run(write(tmp_path / "täglich.txt", "some text " * 30))
+    assert shown.returncode == 0 and "t?glich-" in shown.stdout, shown.stderr
