@@ -20,7 +20,8 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import text, tokens
+from data import text
+from data.tokenizers import Tokenizer
 from engine import checkpoint, options
 from engine.options import UserError
 from engine.pretrained import hugging_face_name
@@ -102,7 +103,7 @@ def convert(gpt: GPT) -> dict[str, torch.Tensor]:
     return out
 
 
-def describe(saved: dict, precond: dict | None, tokenizer: tokens.Tokenizer) -> dict[str, dict]:
+def describe(saved: dict, precond: dict | None, tokenizer: Tokenizer) -> dict[str, dict]:
     """What each JSON file holds, config.json last: without it an interrupted export is no model."""
     c = saved["config"]
     ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
@@ -124,7 +125,7 @@ def describe(saved: dict, precond: dict | None, tokenizer: tokens.Tokenizer) -> 
             "config.json": config}
 
 
-def to_hugging_face(tokenizer: tokens.Tokenizer):
+def to_hugging_face(tokenizer: Tokenizer):
     """The same tokenizer as a tokenizers.Tokenizer.
 
     A character outside the vocabulary is an error there too, as in data/tokens.py.

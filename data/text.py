@@ -31,11 +31,11 @@ if __name__ == "__main__":  # python data/text.py looks for modules in data/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.folders import ensure, open_file, read_meta, sha256
+from data.tokenizers import load_tokenizer
 from data.tokens import (
     Blocks,
     Tokens,
     eval_blocks,
-    load_tokenizer,
     make_meta,
     tokens_meta,
     writers_for,

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import text, tokens
+from data import text, tokenizers, tokens
 from data.text import Blocks, Source, Tokens, eval_blocks, load_tokenizer, prepare, read_meta
 from engine.options import DataError
 
@@ -54,7 +54,7 @@ def numbers(folder: Path, n: int, shard: int, monkeypatch) -> Tokens:
     writers = {split: tokens.Writer(folder, split, 2**17) for split in ("train", "val")}
     for start in range(0, n, 7):
         writers["train"].write(list(range(start, min(n, start + 7))), 1)
-    meta = tokens.make_meta(tokens.CharTokenizer("".join(map(chr, range(n)))), writers)
+    meta = tokens.make_meta(tokenizers.CharTokenizer("".join(map(chr, range(n)))), writers)
     (folder / "meta.json").write_text(json.dumps(meta))
     return Tokens(folder, "train")
 

@@ -11,7 +11,7 @@ import export
 import precond
 import train
 from conftest import SMALL, error, read_metrics
-from data import tokens
+from data import tokenizers
 from engine import checkpoint, pretrained
 from engine.options import DataError, UserError
 from model import GPT, ModelConfig
@@ -103,17 +103,17 @@ def with_tokenizer(ours, vocab_size):
 def test_characters_and_bytes(tmp_path):
     export.write(saved(), tmp_path / "char")
     samples = ["TO BE,\n\nOR NOT  TO BE ", " é!", "I'M . ,"]
-    theirs = check_tokenizer(tmp_path / "char", tokens.CharTokenizer(CHARS), samples)
+    theirs = check_tokenizer(tmp_path / "char", tokenizers.CharTokenizer(CHARS), samples)
     with pytest.raises(Exception, match="UNK"):
         theirs("~")
-    export.write(with_tokenizer(tokens.ByteTokenizer(), 256), tmp_path / "bytes")
+    export.write(with_tokenizer(tokenizers.ByteTokenizer(), 256), tmp_path / "bytes")
     samples = ["To be,\r\n\tor  not ", "é日本 \x00\x7f", "".join(map(chr, range(300)))]
-    check_tokenizer(tmp_path / "bytes", tokens.ByteTokenizer(), samples)
+    check_tokenizer(tmp_path / "bytes", tokenizers.ByteTokenizer(), samples)
 
 
 def test_gpt2_byte_pairs(tmp_path):
     try:
-        ours = tokens.GPT2Tokenizer()
+        ours = tokenizers.GPT2Tokenizer()
     except DataError as e:
         pytest.skip(str(e))
     export.write(with_tokenizer(ours, ours.vocab_size), tmp_path)
