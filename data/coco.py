@@ -4,12 +4,18 @@ A source is a folder as COCO is released: annotations/instances_train*.json and
 annotations/instances_val*.json, with boxes and, as polygons or run lengths, masks. The images of
 instances_NAME.json are in NAME/, images/NAME/, images/, or in the folder itself. Masks and the
 metric are pycocotools'.
+
+Every field that is used is checked where its file is read. pycocotools believes what it is given:
+run lengths that do not fill a mask leave in it what was in memory, and a polygon's point that is
+not a number or far away ends the process.
 """
 import contextlib
 import io
 import json
+import math
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
+from reprlib import repr as shortened
 
 import numpy as np
 
@@ -21,6 +27,9 @@ try:
     from pycocotools.cocoeval import COCOeval
 except ImportError:
     rle = None
+
+LARGEST = 1e12  # number in an annotation file: NaN, Infinity and 1e999 are not below it
+LARGEST_SIDE = 65535  # of an image: its pixels can be counted in 32 bits
 
 
 def require():
@@ -46,7 +55,7 @@ def average_precision(truth: dict, detections: list[dict], kind: str,
         evaluation = COCOeval(coco, coco.loadRes([dict(d) for d in detections]), kind)
         if image_ids is not None:
             evaluation.params.imgIds = list(image_ids)
-        evaluation.params.areaRng = [[0, 1e10]]
+        evaluation.params.areaRng = [[0, math.inf]]
         evaluation.params.areaRngLbl = ["all"]
         evaluation.evaluate()
         evaluation.accumulate()
@@ -71,7 +80,40 @@ def index(dataset: dict) -> "COCO":
 def encode(masks: np.ndarray) -> list[dict]:
     """(n, H, W) bool -> run-length encodings that JSON can hold."""
     encoded = rle.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
-    return [e | {"counts": e["counts"].decode("ascii")} for e in encoded]
+    return [as_text(e) for e in encoded]
+
+
+def as_text(encoded: dict) -> dict:
+    return encoded | {"counts": encoded["counts"].decode("ascii")}
+
+
+def decode_runs(text: str) -> list[int] | None:
+    """The numbers in COCO's compressed run lengths; None where the text is garbled.
+
+    A character is 48 + six bits: five of a number, lowest first, and whether more of it follow. The
+    number's highest bit is its sign. From the fourth run on it is the difference from the run two
+    before.
+    """
+    runs, value, shift = [], 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            return None
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        if len(runs) > 2:
+            value += runs[-2]
+        runs.append(value)
+        value = shift = 0
+    return None if shift else runs
+
+
+def is_number(value, low: float = -LARGEST, high: float = LARGEST) -> bool:
+    return type(value) in (int, float) and low <= value <= high
 
 
 class Annotations:
@@ -84,58 +126,127 @@ class Annotations:
 
     def __init__(self, source: Path, split: str, masks: bool):
         require()
-        found = sorted((source / "annotations").glob(f"instances_{split}*.json"))
+        pattern = f"annotations/instances_{split}*.json"
+        found = sorted(source.glob(pattern))
         if len(found) != 1:
             raise DataError(
-                f"{source} holds {len(found)} files annotations/instances_{split}*.json, not one: "
-                "give --source=FOLDER as COCO is released, with annotations/instances_train*.json "
-                "and annotations/instances_val*.json")
+                f"{source} holds {len(found)} files {pattern}, not one: give --source=FOLDER as "
+                "COCO is released, with annotations/instances_train*.json and "
+                "annotations/instances_val*.json")
         self.path, = found
-        self.source, self.masks = source, masks
+        self.masks = masks
         self.unreadable, self.vanished, self.cut = [], 0, 0
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            self.images = {image["id"]: image for image in content["images"]}
-            self.categories = {c["id"]: c["name"] for c in content["categories"]}
-            for a in content["annotations"]:
-                self._check(a)
-            for image in self.images.values():
-                if min(image["width"], image["height"]) < 1 \
-                        or not isinstance(image["file_name"], str):
-                    raise DataError(f"{self.path}: image {image['id']} has no usable width, "
-                                    "height or file_name")
-        except OSError as e:
-            raise DataError(f"cannot read {self.path}: {e.strerror}") from None
-        except KeyError as e:
-            raise DataError(f"{self.path} is not a COCO annotation file: "
-                            f"something in it has no {e.args[0]!r}") from None
-        except (TypeError, AttributeError) as e:
-            raise DataError(f"{self.path} is not a COCO annotation file: {e}") from None
-        except json.JSONDecodeError as e:
-            raise DataError(f"{self.path} is not valid JSON ({e}): download it again") from None
+        content = self._read()
+        self.images = self._by_id(content, "images")
+        self.categories = self._by_id(content, "categories")
+        for image in self.images.values():
+            self._check_image(image)
+        for category in self.categories.values():
+            if not isinstance(category.get("name"), str):
+                raise self._wrong("category", category, "name", "a text")
+        for annotation in self._by_id(content, "annotations").values():
+            self._check_annotation(annotation)
+            if masks:
+                self._check_mask(annotation)
         self.coco = index(content)
         self.ids = sorted(self.categories)
-        self.classes = [self.categories[i] for i in self.ids]
+        self.classes = [self.categories[i]["name"] for i in self.ids]
+        self.folder = self._folder(source)
 
-    def _check(self, a: dict):
-        where = f"{self.path}: annotation {a['id']}"
-        if a["category_id"] not in self.categories:
-            known = ", ".join(map(str, sorted(self.categories)[:5]))
-            known += ", ..." if len(self.categories) > 5 else ""
-            raise DataError(f"{where}: category_id {a['category_id']} is not the id of one of the "
-                            f"file's {len(self.categories)} categories ({known})")
-        if a["image_id"] not in self.images:
-            raise DataError(f"{where}: there is no image {a['image_id']}")
-        if len(a["bbox"]) != 4 or not all(isinstance(v, int | float) for v in a["bbox"]):
-            raise DataError(f"{where}: bbox {a['bbox']} is not [x, y, width, height]")
-        s = a.get("segmentation")
-        if not self.masks or isinstance(s, dict) and {"counts", "size"} <= s.keys():
+    def _read(self):
+        if not self.path.is_file():
+            raise DataError(f"{self.path} is not a file")
+        try:
+            return json.loads(self.path.read_bytes())  # finds out which UTF it is
+        except OSError as e:
+            raise DataError(f"cannot read {self.path}: {e.strerror}") from None
+        except UnicodeDecodeError as e:
+            raise DataError(f"{self.path} is not text in UTF-8 ({e}): convert it") from None
+        except (ValueError, RecursionError) as e:
+            raise DataError(f"{self.path} is not valid JSON ({e}): download it again") from None
+
+    def _by_id(self, content, kind: str) -> dict[int, dict]:
+        """The records of one of the file's lists."""
+        records = content.get(kind) if isinstance(content, dict) else None
+        if not isinstance(records, list):
+            raise DataError(f"{self.path} is not a COCO annotation file: it has no list of {kind}")
+        by_id = {}
+        for record in records:
+            key = record.get("id") if isinstance(record, dict) else None
+            if type(key) is not int:
+                raise DataError(f"{self.path}: {shortened(record)}, one of the {kind}, has no id "
+                                "that is a whole number")
+            if key in by_id:
+                raise DataError(f"{self.path}: two of the {kind} have the id {key}")
+            by_id[key] = record
+        return by_id
+
+    def _wrong(self, kind: str, record: dict, field: str, expected: str) -> DataError:
+        value = shortened(record[field]) if field in record else "(missing)"
+        return DataError(f"{self.path}: {kind} {record['id']}: {field} {value} is not {expected}")
+
+    def _check_image(self, image: dict):
+        for field in ("width", "height"):
+            if type(image.get(field)) is not int or not 1 <= image[field] <= LARGEST_SIDE:
+                raise self._wrong("image", image, field,
+                                  f"a whole number from 1 to {LARGEST_SIDE}")
+        # Links are followed: who owns the disk made them. A name comes from whoever made the file.
+        name = image.get("file_name")
+        path = PurePath(name if isinstance(name, str) else "")
+        if not path.name or path.anchor or ".." in path.parts:
+            raise self._wrong("image", image, "file_name", "a name inside the folder of images")
+
+    def _check_annotation(self, a: dict):
+        for field, kind in (("category_id", "categories"), ("image_id", "images")):
+            records = getattr(self, kind)
+            if type(a.get(field)) is not int or a[field] not in records:
+                known = shortened(tuple(sorted(records)))
+                raise self._wrong("annotation", a, field,
+                                  f"the id of one of the file's {len(records)} {kind} {known}")
+        box = a.get("bbox")
+        if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
+            raise self._wrong("annotation", a, "bbox",
+                              "four finite numbers: x, y, width, height")
+        if not is_number(a.get("area", 0), low=0):
+            raise self._wrong("annotation", a, "area", "a finite number of at least 0")
+        if a.get("iscrowd", 0) not in (0, 1):
+            raise self._wrong("annotation", a, "iscrowd", "0 or 1")
+
+    def _check_mask(self, a: dict):
+        """Make sure of polygons; leave run lengths of both forms as pycocotools' own."""
+        image = self.images[a["image_id"]]
+        h, w = image["height"], image["width"]
+        shape = a.get("segmentation")
+        if isinstance(shape, dict):
+            if shape.get("size") != [h, w]:
+                raise self._wrong("annotation", a, "segmentation",
+                                  f"a mask of its image, whose size is {[h, w]} (height, width)")
+            runs = shape.get("counts")
+            if isinstance(runs, str):
+                runs = decode_runs(runs)
+            if not isinstance(runs, list) or not all(type(n) is int and n >= 0 for n in runs) \
+                    or sum(runs) != h * w:
+                raise self._wrong("annotation", a, "segmentation",
+                                  f"a mask whose run lengths, none negative, sum to {h} x {w}")
+            a["segmentation"] = rle.frPyObjects({"size": [h, w], "counts": runs}, h, w)
             return
-        polygons = s if isinstance(s, list) else []
+        polygons = shape if isinstance(shape, list) else []
         if not polygons or not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0
                                    for p in polygons):
-            raise DataError(f"{where} has no mask (segmentation: polygons or run lengths): "
-                            "use the detect task, which needs none")
+            raise DataError(f"{self.path}: annotation {a['id']} has no mask (segmentation: "
+                            "polygons or run lengths): use the detect task, which needs none")
+        for polygon in polygons:
+            if not all(is_number(x, -w, 2 * w) for x in polygon[::2]) \
+                    or not all(is_number(y, -h, 2 * h) for y in polygon[1::2]):
+                raise self._wrong("annotation", a, "segmentation",
+                                  f"polygons in or near their image of {w} x {h} pixels")
+
+    def _folder(self, source: Path) -> Path:
+        name = self.path.stem.removeprefix("instances_")
+        first = next((image["file_name"] for image in self.images.values()), "")
+        images = source / "images"
+        folders = [source / name, images / name, images, source]
+        return next((folder for folder in folders if (folder / first).is_file()), folders[0])
 
     def samples(self, size: int) -> Iterator[tuple]:
         """(image, labels, boxes, masks, record) of each readable image, squeezed to a square.
@@ -147,9 +258,8 @@ class Annotations:
         """
         from PIL import Image
 
-        folder = self._folder()
         for image in self.images.values():
-            path, sides = folder / image["file_name"], (image["width"], image["height"])
+            path, sides = self.folder / image["file_name"], (image["width"], image["height"])
             try:
                 with Image.open(path) as file:
                     if file.size != sides:
@@ -161,13 +271,6 @@ class Annotations:
                 self.unreadable.append(f"{path}: {getattr(e, 'strerror', None) or e}")
                 continue
             yield np.asarray(small), *self._objects(image, size)
-
-    def _folder(self) -> Path:
-        name = self.path.stem.removeprefix("instances_")
-        first = next((image["file_name"] for image in self.images.values()), "")
-        images = self.source / "images"
-        folders = [self.source / name, images / name, images, self.source]
-        return next((folder for folder in folders if (folder / first).is_file()), folders[0])
 
     def _objects(self, image: dict, size: int) -> tuple:
         labels, boxes, masks, annotations = [], [], [], []
@@ -181,10 +284,10 @@ class Annotations:
                 self.vanished += 1
                 continue
             known = {"category_id": self.ids.index(a["category_id"]), "bbox": a["bbox"],
-                     "area": a.get("area", width * height), "iscrowd": a.get("iscrowd", 0)}
+                     "area": a.get("area", width * height), "iscrowd": int(a.get("iscrowd", 0))}
             annotations.append(known)
             if self.masks:
-                known["segmentation"] = self._encode(a, h, w)
+                known["segmentation"] = as_text(self.coco.annToRLE(a))
             if known["iscrowd"]:
                 continue
             if self.masks:
@@ -199,18 +302,6 @@ class Annotations:
         record = {"image": {"width": w, "height": h}, "annotations": annotations}
         return (np.array(labels, np.int64), np.array(boxes, np.float32).reshape(-1, 4), stacked,
                 record)
-
-    def _encode(self, a: dict, h: int, w: int) -> dict:
-        try:
-            encoded = self.coco.annToRLE(a)
-        except (TypeError, ValueError) as e:
-            raise DataError(f"{self.path}: annotation {a['id']} has an unreadable mask: "
-                            f"{e}") from None
-        if list(encoded["size"]) != [h, w]:
-            raise DataError(f"{self.path}: annotation {a['id']} has a mask of {encoded['size']}, "
-                            f"its image is {[h, w]} (height, width)")
-        counts = encoded["counts"]
-        return encoded | {"counts": counts.decode("ascii") if isinstance(counts, bytes) else counts}
 
 
 def shrink(mask: np.ndarray, size: int) -> np.ndarray:
