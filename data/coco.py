@@ -13,6 +13,7 @@ import contextlib
 import io
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
 from reprlib import repr as shortened
@@ -120,8 +121,9 @@ class Annotations:
     """One split of a source, checked.
 
     classes: names, in the order of category ids. What `samples` leaves out or changes is kept too:
-    unreadable: images, each with the reason. vanished: how many objects have no area, or are too
-    small. cut: how many boxes reach outside their image.
+    unreadable: images, each with the reason. turned: how many images were turned as their EXIF
+    orientation says. vanished: how many objects have no area, or are too small. cut: how many boxes
+    reach outside their image.
     """
 
     def __init__(self, source: Path, split: str, masks: bool):
@@ -135,7 +137,7 @@ class Annotations:
                 "annotations/instances_val*.json")
         self.path, = found
         self.masks = masks
-        self.unreadable, self.vanished, self.cut = [], 0, 0
+        self.unreadable, self.turned, self.vanished, self.cut = [], 0, 0, 0
         content = self._read()
         self.images = self._by_id(content, "images")
         self.categories = self._by_id(content, "categories")
@@ -256,21 +258,19 @@ class Annotations:
         and objects that vanish. record: the image and its annotations as `average_precision` takes
         them, in pixels of the original, without those that have no area in it.
         """
-        from PIL import Image
+        from PIL.Image import DecompressionBombError
 
         for image in self.images.values():
-            path, sides = self.folder / image["file_name"], (image["width"], image["height"])
+            path = self.folder / image["file_name"]
             try:
-                with Image.open(path) as file:
-                    if file.size != sides:
-                        raise ValueError(f"it has {file.size} pixels, in the annotations {sides} "
-                                         "(width, height)")
-                    small = file.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-            # What Pillow raises for files that are missing, cut off or no images.
-            except (OSError, SyntaxError, ValueError) as e:
+                pixels, turned = read_image(path, (image["width"], image["height"]), size)
+            # What Pillow raises for files that are missing, cut off, no images or too large.
+            except (OSError, EOFError, SyntaxError, ValueError, RuntimeError,
+                    DecompressionBombError) as e:
                 self.unreadable.append(f"{path}: {getattr(e, 'strerror', None) or e}")
                 continue
-            yield np.asarray(small), *self._objects(image, size)
+            self.turned += turned
+            yield pixels, *self._objects(image, size)
 
     def _objects(self, image: dict, size: int) -> tuple:
         labels, boxes, masks, annotations = [], [], [], []
@@ -302,6 +302,34 @@ class Annotations:
         record = {"image": {"width": w, "height": h}, "annotations": annotations}
         return (np.array(labels, np.int64), np.array(boxes, np.float32).reshape(-1, 4), stacked,
                 record)
+
+
+def read_image(path: Path, sides: tuple[int, int], size: int) -> tuple[np.ndarray, bool]:
+    """-> (an image file as (size, size, 3) uint8, whether its EXIF orientation turned it).
+
+    sides: its width and height as the annotations have them. A camera that is held upright stores
+    a picture that lies and the orientation, which programs that show it apply: so it is applied
+    unless only the picture as stored has these sides. Raises what Pillow does, and ValueError.
+    """
+    from PIL import ExifTags, Image, ImageOps
+
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is not a file")  # a pipe would be waited for
+    with Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file)
+        if picture.size != sides:
+            picture = file
+        if picture.size != sides:
+            raise ValueError(f"it has {picture.size} pixels, in the annotations {sides} "
+                             "(width, height)")
+        if picture.mode in ("I", "F"):
+            raise ValueError(f"its values have 32 bits (Pillow's mode {picture.mode}), which of "
+                             "them is white is not known: save it with 8 or 16 bits")
+        if picture.mode.startswith("I;16"):
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        small = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
+    return np.asarray(small), picture is not file and orientation != 1
 
 
 def shrink(mask: np.ndarray, size: int) -> np.ndarray:

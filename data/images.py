@@ -201,10 +201,10 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
     folder = data_dir / f"vision_{task}_{digest[:10]}"
 
     def fill(work: Path) -> dict:
-        if not source.exists():
+        if not source.is_file() and not source.is_dir():
             name, megabytes, home = ARCHIVE
             hint = f"; {name} ({megabytes}) is at {home}" if task == "classify" else ""
-            raise DataError(f"--source={source}: there is nothing of that name{hint}")
+            raise DataError(f"--source={source}: there is nothing of that name to read{hint}")
         print(f"preparing {task} in {folder}: reading {source}", flush=True)
         try:
             if task == "classify":
@@ -293,6 +293,8 @@ def _fill_coco(work: Path, source: Path, masks: bool, size: int) -> dict:
     if cut := train.cut + val.cut:
         print(f"{cut:,} boxes reach outside their image and are cut there: "
               "are they x, y, width, height?", flush=True)
+    if turned := train.turned + val.turned:
+        print(f"{turned:,} images are turned as their EXIF orientation says", flush=True)
     unreadable = train.unreadable + val.unreadable
     for line in unreadable[:NAMED]:
         print(f"cannot read {line}")

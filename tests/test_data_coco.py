@@ -1,6 +1,8 @@
 """COCO's files against pycocotools, its average precision, and files that are not in order."""
 import copy
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -276,12 +278,98 @@ def test_other_encodings_are_read(source, tmp_path, encoding):
     assert prepared(source, tmp_path / "other").state == expected.state
 
 
+@pytest.fixture
+def soon():
+    """What waits for ever fails after 20 seconds."""
+    def late(*_):
+        raise TimeoutError
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_pipes_are_not_waited_for(source, tmp_path, capsys, soon):
+    (source / "train2017" / "0.png").unlink()
+    os.mkfifo(source / "train2017" / "0.png")
+    prepared(source, tmp_path / "data")
+    assert "train2017/0.png: it is not a file" in capsys.readouterr().out
+    coco_folder.file_of(source).unlink()
+    os.mkfifo(coco_folder.file_of(source))
+    with pytest.raises(DataError, match="instances_train2017.json is not a file"):
+        prepared(source, tmp_path / "other")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="there is nothing of that name to read"):
+        prepared(tmp_path / "pipe", tmp_path / "other")
+
+
 def test_links_are_followed(source, tmp_path):
     """They are made by whoever owns the disk; a name in a file comes from anywhere."""
     expected = prepared(source, tmp_path / "data").state
     (source / "train2017").rename(tmp_path / "elsewhere")
     (source / "train2017").symlink_to(tmp_path / "elsewhere")
     assert prepared(source, tmp_path / "other").state == expected
+
+
+def upright(source, tmp_path, orientation: int, sides: tuple[int, int]) -> np.ndarray:
+    """Store the first image with an EXIF orientation; -> how it is read where it has `sides`."""
+    path = source / "train2017" / "0.png"
+    with Image.open(path) as file:
+        exif = file.getexif()
+        exif[0x112] = orientation
+        file.save(path, exif=exif)
+    change(source, "train2017", "images", width=sides[0], height=sides[1])
+    data = prepared(source, tmp_path / f"data{orientation}{sides}")
+    return data.train.batch([0])[0][0].numpy().transpose(1, 2, 0)
+
+
+def test_orientation(source, tmp_path, capsys):
+    def small(image):
+        return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+
+    with Image.open(source / "train2017" / "0.png") as file:
+        stored = file.convert("RGB")  # 80 x 48
+    turned = stored.transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(upright(source, tmp_path, 6, (48, 80)), small(turned))
+    assert "1 images are turned as their EXIF orientation says" in capsys.readouterr().out
+    assert np.array_equal(upright(source, tmp_path, 6, (80, 48)), small(stored))
+    assert "are turned" not in capsys.readouterr().out
+    flipped = stored.transpose(Image.Transpose.ROTATE_180)  # both have these sides
+    assert np.array_equal(upright(source, tmp_path, 3, (80, 48)), small(flipped))
+    assert np.array_equal(upright(source, tmp_path, 1, (80, 48)), small(stored))
+
+
+def test_pixels_of_other_types(tmp_path):
+    """Sixteen bits become eight; 32 are refused; what Pillow converts rightly stays as it does."""
+    ramp = np.linspace(0, 65535, 80 * 48).reshape(48, 80)
+    eight = Image.fromarray((ramp / 257).astype(np.uint8))
+    expected = np.asarray(eight.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "grey.png")
+    Image.fromarray(ramp.astype(">u2")).save(tmp_path / "grey.tif")
+    for name in ("grey.png", "grey.tif"):
+        pixels, _ = coco.read_image(tmp_path / name, (80, 48), SIZE)
+        assert abs(pixels.astype(int) - expected).max() <= 1
+    for mode, kind in ("F", np.float32), ("I", np.int32):
+        Image.fromarray(ramp.astype(kind)).save(tmp_path / "x.tif")
+        with pytest.raises(ValueError, match=f"its values have 32 bits .*mode {mode}"):
+            coco.read_image(tmp_path / "x.tif", (80, 48), SIZE)
+    for mode in ("P", "LA", "1", "CMYK", "RGBA", "L"):
+        picture = eight.convert("RGB").convert(mode)
+        path = tmp_path / f"{mode}.tif"
+        picture.save(path)
+        expected = picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        assert np.array_equal(coco.read_image(path, (80, 48), SIZE)[0], np.asarray(expected))
+
+
+def test_very_large_images_are_skipped(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # an error from twice as many on
+    with pytest.warns(Image.DecompressionBombWarning):
+        data = prepared(source, tmp_path / "data")
+    assert (len(data.train), len(data.val)) == (3, 4)  # those of 80 x 48
+    out = capsys.readouterr().out
+    assert "skipped 10 unreadable images" in out
+    assert "1.png: Image size (5120 pixels) exceeds" in out
 
 
 def test_bad_sources(source, tmp_path):
