@@ -2,8 +2,8 @@
 
 A source is a folder as COCO is released: annotations/instances_train*.json and
 annotations/instances_val*.json, with boxes and, as polygons or run lengths, masks. The images of
-instances_NAME.json are in NAME/, images/NAME/, images/, or in the folder itself. Masks and the
-metric are pycocotools'.
+instances_NAME.json are in NAME/, images/NAME/, images/, or in the folder itself: in the one that
+holds the most of them. Masks and the metric are pycocotools'.
 
 Every field that is used is checked where its file is read. pycocotools believes what it is given:
 run lengths that do not fill a mask leave in it what was in memory, and a polygon's point that is
@@ -245,10 +245,13 @@ class Annotations:
 
     def _folder(self, source: Path) -> Path:
         name = self.path.stem.removeprefix("instances_")
-        first = next((image["file_name"] for image in self.images.values()), "")
         images = source / "images"
         folders = [source / name, images / name, images, source]
-        return next((folder for folder in folders if (folder / first).is_file()), folders[0])
+
+        def held(folder: Path) -> int:
+            return sum(os.path.isfile(folder / i["file_name"]) for i in self.images.values())
+
+        return max(folders, key=held)
 
     def samples(self, size: int) -> Iterator[tuple]:
         """(image, labels, boxes, masks, record) of each readable image, squeezed to a square.

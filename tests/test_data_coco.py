@@ -312,6 +312,19 @@ def test_links_are_followed(source, tmp_path):
     assert prepared(source, tmp_path / "other").state == expected
 
 
+def test_the_folder_that_holds_most_images_is_read(source, tmp_path, capsys):
+    expected = prepared(source, tmp_path / "data").state["sha256"]
+    (source / "images").mkdir()
+    (source / "train2017").rename(source / "images" / "train2017")
+    for folder in (source, source / "train2017"):  # a file of the first name is elsewhere too
+        folder.mkdir(exist_ok=True)
+        (folder / "0.png").write_text("")
+    assert prepared(source, tmp_path / "other").state["sha256"] == expected
+    (source / "images" / "train2017" / "0.png").unlink()
+    assert prepared(source, tmp_path / "more").state["counts"]["train"] == 5
+    assert "skipped 5 unreadable images" in capsys.readouterr().out
+
+
 def upright(source, tmp_path, orientation: int, sides: tuple[int, int]) -> np.ndarray:
     """Store the first image with an EXIF orientation; -> how it is read where it has `sides`."""
     path = source / "train2017" / "0.png"
