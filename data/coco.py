@@ -253,6 +253,9 @@ class Annotations:
 
         return max(folders, key=held)
 
+    def files(self) -> set[Path]:
+        return {self.folder / image["file_name"] for image in self.images.values()}
+
     def samples(self, size: int) -> Iterator[tuple]:
         """(image, labels, boxes, masks, record) of each readable image, squeezed to a square.
 

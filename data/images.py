@@ -61,10 +61,10 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
         truth = None if task == "classify" else json.loads((folder / "val.json").read_text())
         train, val = (Stored(folder, split, task, size, meta["counts"][split])
                       for split in ("train", "val"))
-        # Without the source the prepared folder is enough.
-        changed = stamps(Path(source)) not in ({}, meta["stamps"])
         state = {name: meta[name] for name in
                  ("task", "source", "size", "counts", "classes", "sha256")}
+        # Without the source the prepared folder is enough.
+        changed = stamps(Path(source)) not in ({}, meta["stamps"])
     except (OSError, ValueError, KeyError) as e:
         raise DataError(f"{folder} is not a prepared folder ({e}): "
                         "delete it and prepare it again") from None
@@ -215,9 +215,6 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
             raise DataError(f"{source} is not a complete archive ({e}): "
                             "download it again") from None
         counts = found["counts"]
-        for split, n in counts.items():
-            if not n:
-                raise DataError(f"{source}: the {split} split has no image that can be used")
         skipped = ", ".join(f"{n:,} {what}" for what, n in found["skipped"].items())
         print(f"prepared {task}: {counts['train']:,} training and {counts['val']:,} validation "
               f"images; skipped {skipped}", flush=True)
@@ -259,7 +256,9 @@ def _fill_cifar10(work: Path, source: Path, size: int) -> dict:
                 image = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
             yield image, np.array([label]), np.zeros((1, 4), np.float32), None
 
-    counts = {split: _write(work, split, samples(batch)) for split, batch in cifar10(source)}
+    counts = {split: _write(work, split, samples(batch))[0] for split, batch in cifar10(source)}
+    if not all(counts.values()):
+        raise DataError(f"{source} has no images: download it again")
     return {"classes": CLASSES, "counts": counts, "skipped": {"unreadable images": 0}}
 
 
@@ -283,31 +282,36 @@ def _fill_coco(work: Path, source: Path, masks: bool, size: int) -> dict:
             records.append(record)  # also without objects: a model can be mistaken about it
             yield sample
 
-    counts = {"train": _write(work, "train", train_samples()),
-              "val": _write(work, "val", val_samples())}
-    truth = make_truth(records, val.classes)
-    if all(a["iscrowd"] for a in truth["annotations"]):
-        raise DataError(f"{val.path}: no readable image has an object: "
-                        "there is nothing to evaluate on")
-    (work / "val.json").write_text(json.dumps(truth))
-    if cut := train.cut + val.cut:
-        print(f"{cut:,} boxes reach outside their image and are cut there: "
-              "are they x, y, width, height?", flush=True)
-    if turned := train.turned + val.turned:
-        print(f"{turned:,} images are turned as their EXIF orientation says", flush=True)
+    images, objects = {}, {}
+    images["train"], objects["train"] = _write(work, "train", train_samples())
+    images["val"], objects["val"] = _write(work, "val", val_samples())
     unreadable = train.unreadable + val.unreadable
     for line in unreadable[:NAMED]:
         print(f"cannot read {line}")
     if len(unreadable) > NAMED:
         print(f"and {len(unreadable) - NAMED:,} more", flush=True)
+    for annotations, n in (train, objects["train"]), (val, objects["val"]):
+        if not n:
+            raise DataError(f"{annotations.path}: no readable image has an object that is seen at "
+                            f"{size} x {size}; {len(annotations.unreadable)} of "
+                            f"{len(annotations.images)} images cannot be read")
+    (work / "val.json").write_text(json.dumps(make_truth(records, val.classes)))
+    if cut := train.cut + val.cut:
+        print(f"{cut:,} boxes reach outside their image and are cut there: "
+              "are they x, y, width, height?", flush=True)
+    if turned := train.turned + val.turned:
+        print(f"{turned:,} images are turned as their EXIF orientation says", flush=True)
+    if shared := len(train.files() & val.files()):
+        print(f"{shared:,} images are in both splits: the metric is not that of unseen ones",
+              flush=True)
     skipped = {"unreadable images": len(unreadable), "training images without objects": empty,
                f"objects without an area or too small at {size} x {size}":
                    train.vanished + val.vanished}
-    return {"classes": val.classes, "counts": counts, "skipped": skipped}
+    return {"classes": val.classes, "counts": images, "skipped": skipped}
 
 
-def _write(folder: Path, split: str, samples) -> int:
-    """Store (image, labels, boxes, masks or None) one by one; -> how many.
+def _write(folder: Path, split: str, samples) -> tuple[int, int]:
+    """Store (image, labels, boxes, masks or None) one by one; -> number of images, of objects.
 
     Pixels go to the disk; only labels and boxes stay in memory.
     """
@@ -326,4 +330,4 @@ def _write(folder: Path, split: str, samples) -> int:
         np.save(folder / f"{split}_labels.npy", np.concatenate(labels))
         np.save(folder / f"{split}_boxes.npy", np.concatenate(boxes))
         np.save(folder / f"{split}_offsets.npy", np.array(offsets))
-    return len(labels)
+    return len(labels), offsets[-1]

@@ -385,6 +385,37 @@ def test_very_large_images_are_skipped(source, tmp_path, capsys, monkeypatch):
     assert "1.png: Image size (5120 pixels) exceeds" in out
 
 
+def test_reasons_are_given_when_no_image_can_be_read(source, tmp_path, capsys):
+    for path in (source / "val2017").iterdir():
+        path.write_text("text")
+    with pytest.raises(DataError, match="instances_val2017.json: no readable image has an object "
+                                        "that is seen at 32 x 32; 9 of 9 images cannot be read"):
+        prepared(source, tmp_path / "data")
+    out = capsys.readouterr().out
+    assert "cannot read" in out and "val2017/0.png: cannot identify image file" in out
+    assert "and 6 more" in out
+
+
+def test_objects_that_all_vanish_are_an_error(source, tmp_path):
+    content = coco_folder.read(source, "val2017")
+    specks = [a for a in content["annotations"] if a["area"] < 1]
+    coco_folder.write(source, "val2017", content | {"annotations": specks})
+    prepared(source, tmp_path / "data", "detect")
+    with pytest.raises(DataError, match="no readable image has an object that is seen at 32 x 32"):
+        prepared(source, tmp_path / "data", "segment")
+
+
+def test_images_of_both_splits_are_told(source, tmp_path, capsys):
+    prepared(source, tmp_path / "data")
+    assert "both splits" not in capsys.readouterr().out
+    (source / "images").mkdir()
+    for name in ("0.png", "1.png", "2.png", "3.png", "4.png", "5.png", "empty.png"):
+        (source / "train2017" / name).rename(source / "images" / name)
+        (source / "val2017" / name).unlink()
+    prepared(source, tmp_path / "other")
+    assert "9 images are in both splits" in capsys.readouterr().out
+
+
 def test_bad_sources(source, tmp_path):
     def problem(task="detect"):
         with pytest.raises(DataError) as e:
