@@ -64,7 +64,9 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
         state = {name: meta[name] for name in
                  ("task", "source", "size", "counts", "classes", "sha256")}
         # Without the source the prepared folder is enough.
-        changed = stamps(Path(source)) not in ({}, meta["stamps"])
+        made_of = meta["stamps"]
+        changed = made_of and any(made_of.get(name) != stamp
+                                  for name, stamp in stamps(Path(source)).items())
     except (OSError, ValueError, KeyError) as e:
         raise DataError(f"{folder} is not a prepared folder ({e}): "
                         "delete it and prepare it again") from None
@@ -206,6 +208,7 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
             hint = f"; {name} ({megabytes}) is at {home}" if task == "classify" else ""
             raise DataError(f"--source={source}: there is nothing of that name to read{hint}")
         print(f"preparing {task} in {folder}: reading {source}", flush=True)
+        made_of = stamps(source)  # before it is read: a change meanwhile is noticed later
         try:
             if task == "classify":
                 found = _fill_cifar10(work, source, size)
@@ -219,7 +222,7 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
         print(f"prepared {task}: {counts['train']:,} training and {counts['val']:,} validation "
               f"images; skipped {skipped}", flush=True)
         files = {path.name: sha256(path) for path in sorted(work.iterdir())}
-        return parameters | found | {"stamps": stamps(source), "sha256": files}
+        return parameters | found | {"stamps": made_of, "sha256": files}
 
     try:
         import PIL  # noqa: F401
@@ -236,12 +239,15 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
 def stamps(source: Path) -> dict[str, list[int]]:
     """Size and time of the archive, the annotations or CIFAR-10's batches.
 
-    It is empty where they are gone.
+    It is empty where they are gone. Hidden files are not read: macOS leaves some beside each file.
     """
     files = [source]
     if not source.is_file():
-        files = [*(source / "annotations").glob("*.json"), *source.glob("*_batch*")]
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
+        patterns = ("annotations/instances_train*.json", "annotations/instances_val*.json",
+                    "*_batch*", "cifar-10-batches-py/*_batch*")
+        files = [file for pattern in patterns for file in source.glob(pattern)]
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)
+            if not file.name.startswith(".")}
 
 
 def _fill_cifar10(work: Path, source: Path, size: int) -> dict:

@@ -416,6 +416,15 @@ def test_images_of_both_splits_are_told(source, tmp_path, capsys):
     assert "9 images are in both splits" in capsys.readouterr().out
 
 
+def test_hidden_files_are_not_read(source, tmp_path):
+    """macOS leaves a ._NAME beside each file."""
+    hidden = source / "annotations" / "._instances_train2017.json"
+    hidden.write_bytes(b"\0\5\x16\7")
+    expected = prepared(source, tmp_path / "data").state
+    hidden.write_bytes(b"another")
+    assert prepared(source, tmp_path / "data").state == expected
+
+
 def test_bad_sources(source, tmp_path):
     def problem(task="detect"):
         with pytest.raises(DataError) as e:

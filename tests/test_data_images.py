@@ -1,4 +1,5 @@
 """Batches of generated and of stored images; CIFAR-10."""
+import os
 import pickle
 
 import numpy as np
@@ -11,6 +12,7 @@ pytest.importorskip("pycocotools", reason=EXTRA)
 
 import coco_folder  # noqa: E402
 from data import images, shapes  # noqa: E402
+from engine.options import DataError  # noqa: E402
 
 # From pycocotools with numpy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -86,3 +88,17 @@ def test_generated_batches():
     other = images.open_data("detect", "", "data", 48, 7, 6)
     assert torch.equal(other.val.batch([2])[0], data["detect"].val.batch([2])[0])
     assert not torch.equal(other.train.batch([2])[0], data["detect"].train.batch([2])[0])
+
+
+def test_batches_of_cifar10_that_change_are_noticed(cifar, tmp_path):
+    """Also where the source is the folder above them; but not what macOS leaves beside them."""
+    batches = cifar[0] / "cifar-10-batches-py"
+    for source in cifar[0], batches:
+        arguments = ("classify", str(source), str(tmp_path / source.name), 32, 1, 0)
+        images.open_data(*arguments)
+        (batches / "._test_batch").write_text("hidden")
+        images.open_data(*arguments)
+        os.utime(batches / "test_batch", (1, 1))
+        with pytest.raises(DataError, match="has changed since .* was made of it"):
+            images.open_data(*arguments)
+        os.utime(batches / "test_batch")
