@@ -8,9 +8,14 @@ A batch is a tuple of tensors. Images come first: (B, 3, size, size) uint8. clas
 largest count M. detect then has boxes (B, M, 4): centre x, centre y, width, height, in units of the
 image. segment has masks (B, M, size, size) bool. Real data is read once and stored, at the size
 asked for, in data_dir/vision_<task>_<hash>.
+
+When they are opened, stored files are compared with their checksums in meta.json: all of a file of
+at most WHOLE bytes, a sample of a larger one. So a change of a few places of a large file can go
+unseen; folders of earlier versions have no checksum of a sample.
 """
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +30,8 @@ from data.order import Shuffled
 from engine.options import DataError
 
 NAMED = 5  # unreadable images that are named; all are counted
+WHOLE = 2**28  # bytes of a prepared file that are all checked when it is opened: about 0.4 s
+PIECES, PIECE = 256, 2**14  # of a larger one: this many pieces of so many bytes
 
 
 @dataclass
@@ -58,22 +65,49 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
     folder = prepare(task, Path(source), Path(data_dir), size)
     meta = read_meta(folder)
     try:
+        check_files(folder, meta)
         truth = None if task == "classify" else json.loads((folder / "val.json").read_text())
-        train, val = (Stored(folder, split, task, size, meta["counts"][split])
-                      for split in ("train", "val"))
+        train, val = (Stored(folder, split, task, size, meta["counts"][split],
+                             len(meta["classes"])) for split in ("train", "val"))
         state = {name: meta[name] for name in
                  ("task", "source", "size", "counts", "classes", "sha256")}
         # Without the source the prepared folder is enough.
         made_of = meta["stamps"]
         changed = made_of and any(made_of.get(name) != stamp
                                   for name, stamp in stamps(Path(source)).items())
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
         raise DataError(f"{folder} is not a prepared folder ({e}): "
                         "delete it and prepare it again") from None
     if changed:
         raise DataError(f"{source} has changed since {folder} was made of it: "
                         f"delete {folder} to read it again")
     return Data(train, val, meta["classes"], truth, state)
+
+
+def check_files(folder: Path, meta: dict):
+    """Raises DataError where a prepared file is not what it was when it was written, or OSError."""
+    samples = meta.get("samples", {})
+    for name, digest in meta["sha256"].items():
+        path = folder / name
+        if not os.path.isfile(path):
+            same = False
+        elif path.stat().st_size <= WHOLE:
+            same = sha256(path) == digest
+        else:
+            same = name not in samples or sample_sha256(path) == samples[name]
+        if not same:
+            raise DataError(f"{path} is not what was prepared: delete {folder} and prepare it "
+                            "again")
+
+
+def sample_sha256(path: Path) -> str:
+    """The digest of PIECES pieces of a large file, from its first byte to its last."""
+    content = np.memmap(path, np.uint8, "r")
+    starts = np.arange(PIECES) * (len(content) - PIECE) // (PIECES - 1)
+    digest = hashlib.sha256()
+    for start in starts.tolist():
+        digest.update(content[start:start + PIECE])
+    return digest.hexdigest()
 
 
 class Shapes:
@@ -115,13 +149,16 @@ class Shapes:
 class Stored:
     """A split of a prepared folder, memory-mapped."""
 
-    def __init__(self, folder: Path, split: str, task: str, size: int, count: int):
+    def __init__(self, folder: Path, split: str, task: str, size: int, count: int, classes: int):
         self.task, self.size, self.count = task, size, count
         self.shuffled = Shuffled(count)
         self.images = np.memmap(folder / f"{split}_images.bin", np.uint8, "r",
                                 shape=(count, size, size, 3))
         self.labels = np.load(folder / f"{split}_labels.npy")
         self.offsets = np.load(folder / f"{split}_offsets.npy")
+        if len(self.offsets) != count + 1 or self.offsets[-1] != len(self.labels) \
+                or self.labels.min() < 0 or self.labels.max() >= classes:
+            raise ValueError(f"its {split} labels are not of {count} images and {classes} classes")
         if task == "segment":  # a bit a pixel
             self.masks = np.memmap(folder / f"{split}_masks.bin", np.uint8, "r",
                                    shape=(len(self.labels), -(-size * size // 8)))
@@ -221,8 +258,11 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
         skipped = ", ".join(f"{n:,} {what}" for what, n in found["skipped"].items())
         print(f"prepared {task}: {counts['train']:,} training and {counts['val']:,} validation "
               f"images; skipped {skipped}", flush=True)
-        files = {path.name: sha256(path) for path in sorted(work.iterdir())}
-        return parameters | found | {"stamps": made_of, "sha256": files}
+        files = sorted(work.iterdir())
+        return parameters | found | {
+            "stamps": made_of, "sha256": {path.name: sha256(path) for path in files},
+            "samples": {path.name: sample_sha256(path) for path in files
+                        if path.stat().st_size > WHOLE}}
 
     try:
         import PIL  # noqa: F401

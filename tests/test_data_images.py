@@ -1,4 +1,5 @@
 """Batches of generated and of stored images; CIFAR-10."""
+import json
 import os
 import pickle
 
@@ -88,6 +89,77 @@ def test_generated_batches():
     other = images.open_data("detect", "", "data", 48, 7, 6)
     assert torch.equal(other.val.batch([2])[0], data["detect"].val.batch([2])[0])
     assert not torch.equal(other.train.batch([2])[0], data["detect"].train.batch([2])[0])
+
+
+def only(folder):
+    """The one prepared folder in a data_dir."""
+    found, = folder.glob("vision_*")
+    return found
+
+
+def overwrite(path, at: int = -1):
+    """Change a byte in place: size and name stay."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_prepared_files_that_were_overwritten_are_refused(tmp_path):
+    source = coco_folder.make(tmp_path / "coco")
+    coco_folder.prepared(source, tmp_path / "data", "segment")
+    folder = only(tmp_path / "data")
+    names = [path.name for path in folder.iterdir() if path.name != "meta.json"]
+    assert len(names) == 11
+    for name in names:
+        overwrite(folder / name)
+        with pytest.raises(DataError, match=f"{name} is not what was prepared: delete .*vision_"):
+            coco_folder.prepared(source, tmp_path / "data", "segment")
+        overwrite(folder / name)
+    coco_folder.prepared(source, tmp_path / "data", "segment")
+    (folder / "val.json").unlink()
+    with pytest.raises(DataError, match="val.json is not what was prepared"):
+        coco_folder.prepared(source, tmp_path / "data", "segment")
+    (folder / "meta.json").write_text("[]")
+    with pytest.raises(DataError, match="delete it and prepare it again|remove the folder"):
+        coco_folder.prepared(source, tmp_path / "data", "segment")
+
+
+def test_a_sample_of_large_files_is_checked(tmp_path, monkeypatch):
+    source = coco_folder.make(tmp_path / "coco")
+    monkeypatch.setattr(images, "WHOLE", 10000)  # the images have more, all else less
+    monkeypatch.setattr(images, "PIECE", 16)
+    coco_folder.prepared(source, tmp_path / "data")
+    folder = only(tmp_path / "data")
+    large = folder / "train_images.bin"
+    assert large.stat().st_size == 6 * 32 * 32 * 3
+    for at in (0, 15, -1, -16):
+        overwrite(large, at)
+        with pytest.raises(DataError, match="train_images.bin is not what was prepared"):
+            coco_folder.prepared(source, tmp_path / "data")
+        overwrite(large, at)
+    overwrite(large, 40)  # between two pieces
+    coco_folder.prepared(source, tmp_path / "data")
+    overwrite(large, 0)
+    meta = json.loads((folder / "meta.json").read_text())
+    assert list(meta["samples"]) == ["train_images.bin", "val_images.bin"]
+    del meta["samples"]  # as earlier versions wrote it
+    (folder / "meta.json").write_text(json.dumps(meta))
+    coco_folder.prepared(source, tmp_path / "data")
+
+
+@pytest.mark.parametrize("label", [10, -1])
+def test_labels_outside_the_classes_are_refused(cifar, tmp_path, label):
+    arguments = ("classify", str(cifar[0]), str(tmp_path / "data"), 32, 1, 0)
+    images.open_data(*arguments)
+    folder = only(tmp_path / "data")
+    labels = np.load(folder / "train_labels.npy")
+    labels[3] = label
+    np.save(folder / "train_labels.npy", labels)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["sha256"]["train_labels.npy"] = images.sha256(folder / "train_labels.npy")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(DataError, match="its train labels are not of 20 images and 10 classes"):
+        images.open_data(*arguments)
 
 
 def test_batches_of_cifar10_that_change_are_noticed(cifar, tmp_path):
