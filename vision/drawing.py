@@ -29,21 +29,21 @@ def show(task, model, compute: Compute, count: int, folder: Path):
     config, classes = task.config, task.data.classes
     zoom = -(-SIDE // config.image_size)
     side = zoom * config.image_size
-    images, *targets = task.data.val.batch(range(min(count, len(task.data.val))))
-    with compute.autocast():
-        outputs, _ = model(*compute.move(images))
-    for i, image in enumerate(images):
-        pixels = image.permute(1, 2, 0).numpy()  # (3, S, S) -> (S, S, 3)
+    for i in range(min(count, len(task.data.val))):
+        images, *targets = task.data.val.batch([i])
+        with compute.autocast():
+            outputs, _ = model(*compute.move(images))
+        pixels = images[0].permute(1, 2, 0).numpy()  # (3, S, S) -> (S, S, 3)
         picture = Image.fromarray(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1))
         path = folder / f"val_{i}.png"
         if task.classify:
-            answer, label = classes[outputs[0][i].argmax()], classes[targets[0][i]]
+            answer, label = classes[outputs[0].argmax()], classes[targets[0]]
             wrong = "" if answer == label else "  (wrong)"
             panels = {f"predicted {answer}, label {label}{wrong}": picture}
         else:
-            true = true_objects(config.task, [t[i] for t in targets], side)
+            true = true_objects(config.task, [t[0] for t in targets], side)
             square = {"id": 0, "width": side, "height": side}
-            found = detections(config.task, [o[i:i + 1] for o in outputs], [square])
+            found = detections(config.task, outputs, [square])
             found = [d for d in found if d["score"] > SHOWN_SCORE]
             panels = {f"truth: {len(true)}": draw(picture, true, classes),
                       f"found, score above {SHOWN_SCORE:.0%}: {len(found)}":
