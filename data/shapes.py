@@ -9,7 +9,6 @@ brighter than the ground and turned little, which a small model needs to learn t
 of a default run. No colour and no texture tells a class.
 """
 import argparse
-import sys
 
 import numpy as np
 
@@ -123,13 +122,16 @@ def main():
     parser = argparse.ArgumentParser(description="Draw a sheet of generated images.")
     parser.add_argument("--out", default="shapes.png", help="PNG to write (default: shapes.png)")
     path = parser.parse_args().out
+    images = np.stack([sample(0, i)[0] for i in range(48)])  # (48, 64, 64, 3)
+    sheet = images.reshape(6, 8, 64, 64, 3).swapaxes(1, 2).reshape(6 * 64, 8 * 64, 3)
     try:
         from PIL import Image
+
+        Image.fromarray(sheet.repeat(2, axis=0).repeat(2, axis=1)).save(path)
     except ImportError:
-        sys.exit("drawing needs pillow: pip install -r requirements-extra.txt")
-    images = [sample(0, i)[0] for i in range(48)]
-    rows = [np.concatenate(images[i:i + 8], axis=1) for i in range(0, 48, 8)]
-    Image.fromarray(np.concatenate(rows)).resize((1024, 768), Image.Resampling.NEAREST).save(path)
+        parser.exit(2, "error: drawing needs pillow: pip install -r requirements-extra.txt\n")
+    except (OSError, ValueError) as e:
+        parser.exit(2, f"error: cannot write {path}: {e}\n")
 
 
 if __name__ == "__main__":
