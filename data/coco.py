@@ -328,9 +328,10 @@ def read_image(path: Path, sides: tuple[int, int], size: int) -> tuple[np.ndarra
         if picture.size != sides:
             raise ValueError(f"it has {picture.size} pixels, in the annotations {sides} "
                              "(width, height)")
-        if picture.mode in ("I", "F"):
-            raise ValueError(f"its values have 32 bits (Pillow's mode {picture.mode}), which of "
-                             "them is white is not known: save it with 8 or 16 bits")
+        bits = getattr(file, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))  # of a TIFF
+        if picture.mode in ("I", "F") or 12 in bits:
+            raise ValueError(f"its values have 12 or 32 bits (Pillow's mode {picture.mode}): which "
+                             "of them is white is not known. Save it with 8 or 16 bits")
         if picture.mode.startswith("I;16"):
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         small = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)

@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import signal
+import struct
 
 import numpy as np
 import pytest
@@ -365,8 +366,15 @@ def test_pixels_of_other_types(tmp_path):
         assert abs(pixels.astype(int) - expected).max() <= 1
     for mode, kind in ("F", np.float32), ("I", np.int32):
         Image.fromarray(ramp.astype(kind)).save(tmp_path / "x.tif")
-        with pytest.raises(ValueError, match=f"its values have 32 bits .*mode {mode}"):
+        with pytest.raises(ValueError, match=f"its values have 12 or 32 bits .*mode {mode}"):
             coco.read_image(tmp_path / "x.tif", (80, 48), SIZE)
+    tags = [(256, 80), (257, 48), (258, 12), (259, 1), (262, 1), (273, 122), (277, 1), (278, 48),
+            (279, 120 * 48)]  # sides, bits, compression, ...: a TIFF with 12 bits a pixel
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    (tmp_path / "x.tif").write_bytes(header + b"\xff" * 120 * 48)
+    with pytest.raises(ValueError, match="its values have 12 or 32 bits"):
+        coco.read_image(tmp_path / "x.tif", (80, 48), SIZE)
     for mode in ("P", "LA", "1", "CMYK", "RGBA", "L"):
         picture = eight.convert("RGB").convert(mode)
         path = tmp_path / f"{mode}.tif"
