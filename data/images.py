@@ -7,15 +7,11 @@ A batch is a tuple of tensors. Images come first: (B, 3, size, size) uint8. clas
 (B). The others add counts (B), the number of objects of an image, and labels (B, M), padded to the
 largest count M. detect then has boxes (B, M, 4): centre x, centre y, width, height, in units of the
 image. segment has masks (B, M, size, size) bool. Real data is read once and stored, at the size
-asked for, in data_dir/vision_<task>_<hash>.
-
-When they are opened, stored files are compared with their checksums in meta.json: all of a file of
-at most WHOLE bytes, a sample of a larger one. So a change of a few places of a large file can go
-unseen; folders of earlier versions have no checksum of a sample.
+asked for, in data_dir/vision_<task>_<hash>. Its files are compared with their checksums whenever
+they are opened (see data/folders.py).
 """
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +21,11 @@ import torch
 from data import coco, shapes
 from data.archives import DAMAGED
 from data.cifar import ARCHIVE, CLASSES, cifar10
-from data.folders import ensure, read_meta, sha256
+from data.folders import check, checksums, ensure, read_meta
 from data.order import Shuffled
 from engine.options import DataError
 
 NAMED = 5  # unreadable images that are named; all are counted
-WHOLE = 2**28  # bytes of a prepared file that are all checked when it is opened: about 0.4 s
-PIECES, PIECE = 256, 2**14  # of a larger one: this many pieces of so many bytes
 
 
 @dataclass
@@ -65,7 +59,7 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
     folder = prepare(task, Path(source), Path(data_dir), size)
     meta = read_meta(folder)
     try:
-        check_files(folder, meta)
+        check(folder, meta)
         truth = None if task == "classify" else json.loads((folder / "val.json").read_text())
         train, val = (Stored(folder, split, task, size, meta["counts"][split],
                              len(meta["classes"])) for split in ("train", "val"))
@@ -82,32 +76,6 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
         raise DataError(f"{source} has changed since {folder} was made of it: "
                         f"delete {folder} to read it again")
     return Data(train, val, meta["classes"], truth, state)
-
-
-def check_files(folder: Path, meta: dict):
-    """Raises DataError where a prepared file is not what it was when it was written, or OSError."""
-    samples = meta.get("samples", {})
-    for name, digest in meta["sha256"].items():
-        path = folder / name
-        if not os.path.isfile(path):
-            same = False
-        elif path.stat().st_size <= WHOLE:
-            same = sha256(path) == digest
-        else:
-            same = name not in samples or sample_sha256(path) == samples[name]
-        if not same:
-            raise DataError(f"{path} is not what was prepared: delete {folder} and prepare it "
-                            "again")
-
-
-def sample_sha256(path: Path) -> str:
-    """The digest of PIECES pieces of a large file, from its first byte to its last."""
-    content = np.memmap(path, np.uint8, "r")
-    starts = np.arange(PIECES) * (len(content) - PIECE) // (PIECES - 1)
-    digest = hashlib.sha256()
-    for start in starts.tolist():
-        digest.update(content[start:start + PIECE])
-    return digest.hexdigest()
 
 
 class Shapes:
@@ -258,11 +226,7 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
         skipped = ", ".join(f"{n:,} {what}" for what, n in found["skipped"].items())
         print(f"prepared {task}: {counts['train']:,} training and {counts['val']:,} validation "
               f"images; skipped {skipped}", flush=True)
-        files = sorted(work.iterdir())
-        return parameters | found | {
-            "stamps": made_of, "sha256": {path.name: sha256(path) for path in files},
-            "samples": {path.name: sample_sha256(path) for path in files
-                        if path.stat().st_size > WHOLE}}
+        return parameters | found | checksums(work) | {"stamps": made_of}
 
     try:
         import PIL  # noqa: F401

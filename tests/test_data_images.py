@@ -12,7 +12,7 @@ pytest.importorskip("PIL", reason=EXTRA)
 pytest.importorskip("pycocotools", reason=EXTRA)
 
 import coco_folder  # noqa: E402
-from data import images, shapes  # noqa: E402
+from data import folders, images, shapes  # noqa: E402
 from engine.options import DataError  # noqa: E402
 
 # From pycocotools with numpy 2.
@@ -126,8 +126,8 @@ def test_prepared_files_that_were_overwritten_are_refused(tmp_path):
 
 def test_a_sample_of_large_files_is_checked(tmp_path, monkeypatch):
     source = coco_folder.make(tmp_path / "coco")
-    monkeypatch.setattr(images, "WHOLE", 10000)  # the images have more, all else less
-    monkeypatch.setattr(images, "PIECE", 16)
+    monkeypatch.setattr(folders, "WHOLE", 10000)  # the images have more, all else less
+    monkeypatch.setattr(folders, "PIECE", 16)
     coco_folder.prepared(source, tmp_path / "data")
     folder = only(tmp_path / "data")
     large = folder / "train_images.bin"
@@ -156,7 +156,7 @@ def test_labels_outside_the_classes_are_refused(cifar, tmp_path, label):
     labels[3] = label
     np.save(folder / "train_labels.npy", labels)
     meta = json.loads((folder / "meta.json").read_text())
-    meta["sha256"]["train_labels.npy"] = images.sha256(folder / "train_labels.npy")
+    meta["sha256"]["train_labels.npy"] = folders.sha256(folder / "train_labels.npy")
     (folder / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(DataError, match="its train labels are not of 20 images and 10 classes"):
         images.open_data(*arguments)
