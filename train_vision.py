@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from data import coco
-from data.images import open_data
+from data.folders import expecting
+from data.images import identity, open_data
 from data.order import spread
 from engine import checkpoint, options
 from engine.device import Compute
@@ -138,7 +139,7 @@ def open(config: Config, compute: Compute) -> tuple[VisionTask, Vision]:
 def main():
     run = open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
     config = run.config
-    with run.compute() as compute:
+    with run.compute() as compute, expecting(identity, run.saved):
         task, model = open(config, compute)
         if compute.main:
             print(f"data: {config.source or 'generated shapes'}, {len(task.data.val):,} "

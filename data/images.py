@@ -63,8 +63,7 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
         truth = None if task == "classify" else json.loads((folder / "val.json").read_text())
         train, val = (Stored(folder, split, task, size, meta["counts"][split],
                              len(meta["classes"])) for split in ("train", "val"))
-        state = {name: meta[name] for name in
-                 ("task", "source", "size", "counts", "classes", "sha256")}
+        state = identity(meta)
         # Without the source the prepared folder is enough.
         made_of = meta["stamps"]
         changed = made_of and any(made_of.get(name) != stamp
@@ -76,6 +75,12 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
         raise DataError(f"{source} has changed since {folder} was made of it: "
                         f"delete {folder} to read it again")
     return Data(train, val, meta["classes"], truth, state)
+
+
+def identity(meta: dict) -> dict:
+    """What identifies prepared data: of its meta.json, what a checkpoint keeps."""
+    names = ("task", "source", "size", "counts", "classes", "sha256")
+    return {name: meta[name] for name in names}
 
 
 class Shapes:
