@@ -1,7 +1,9 @@
 """A run's folder: who may use it, how it is opened, and what is believed of what lies in it."""
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,6 +19,7 @@ from conftest import ROOT, SMALL, error, read_metrics, torchrun
 from engine import checkpoint, nanogpt_names, trainer
 from engine.lock import Lock
 from engine.options import UserError
+from engine.run import Run, StopSignal, open_folder
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +282,60 @@ def test_a_new_run_leaves_nothing_of_the_old_one(folder, corpus, call):
     assert call(train, *run)[0] == 0
     assert not (folder / "test.json").exists()
     assert [r["step"] for r in read_metrics(folder)] == [0, 1]
+
+
+@pytest.mark.parametrize("found, words", [
+    (["step 2", "step 2", "step 4"], "all nodes see: rank 0 finds there: step 2; rank 2: step 4"),
+    (["no run", "step 2"], "rank 0 finds there: no run; rank 1: step 2"),
+    (["lost", "lost"], "^lost$"),
+    (["step 2", "step 2"], None),
+    (["no run"], None),
+])
+def test_every_rank_finds_the_same_run(found, words):
+    class Compute:
+        def gather(self, value):
+            assert value == found[-1]
+            return found
+    saved = {"step 2": {"step": 2}, "step 4": {"step": 4}}.get(found[-1])
+    problem = UserError("lost") if found[-1] == "lost" else None
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        Run(train.Config(), {}, saved, problem).agree(Compute())
+
+
+FILES = {"ckpt.pt", "best.pt", "metrics.jsonl", "config.toml", "test.json"}
+
+
+@pytest.mark.parametrize("step, kept, records", [
+    (-1, {"metrics.jsonl", "config.toml"}, 0),  # a new run in the place of another
+    (4, FILES - {"test.json"}, 2),  # a result of the older model would be read as the new one's
+])
+def test_a_folder_keeps_what_is_still_true(step, kept, records, tmp_path):
+    for name in FILES:
+        (tmp_path / name).write_text("old")
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {s}}}\n' for s in (0, 4, 8)))
+    config = train.Config(out_dir=str(tmp_path), max_iters=10, overwrite=True)
+    open_folder(config, step).close()
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"lock"}
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == records
+    options = (tmp_path / "config.toml").read_text()
+    assert "overwrite = false" in options and "max_iters = 10" in options
+
+
+def test_a_finished_run_keeps_its_configuration(tmp_path):
+    (tmp_path / "config.toml").write_text("old")
+    open_folder(train.Config(out_dir=str(tmp_path), max_iters=10), 10).close()
+    assert (tmp_path / "config.toml").read_text() == "old"
+
+
+def test_a_second_interrupt_aborts_a_run_of_one_process():
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignal(alone=True) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with StopSignal(alone=False) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.number == signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is before
