@@ -1,32 +1,35 @@
-"""model.py against explicit fp64 formulas: GPT, Classifier, where C goes; the cache against no cache; the initialisation."""
+"""model.py against explicit fp64 formulas: both models, where C goes, cache, initialisation."""
 import math
 
 import pytest
 import torch
-from test_attention import reference_attention, reference_nystrom
 
-from model import GPT, Attention, Classifier, ModelConfig
 from engine.kv_cache import KVCache
+from model import GPT, Attention, Classifier, ModelConfig
 from precond import record
+from test_attention import reference_attention, reference_nystrom
 
 
 def reference_encoding(model, idx, allowed, power):
-    """Tokens (B, T) -> (B, T, C) after the final norm, written out in fp64, one head at a time: the architecture without its code."""
+    """Tokens (B, T) -> (B, T, C) after the final norm: the architecture in fp64, head by head."""
     w = {name: p.detach().double() for name, p in model.state_dict().items()}
     c = model.config
-    linear = lambda x, name: x @ w[name + ".weight"].T + w.get(name + ".bias", 0.0)  # noqa: E731
+
+    def linear(x, name):
+        return x @ w[name + ".weight"].T + w.get(name + ".bias", 0.0)
 
     def norm(x, name):
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        variance = x.var(-1, unbiased=False, keepdim=True)
+        x = (x - x.mean(-1, keepdim=True)) / (variance + 1e-5).sqrt()
         return x * w[name + ".weight"] + w.get(name + ".bias", 0.0)
 
-    T, d = idx.size(1), c.n_embd // c.n_head
-    x = w["wte.weight"][idx] + w["wpe.weight"][:T]
+    d = c.n_embd // c.n_head
+    x = w["wte.weight"][idx] + w["wpe.weight"][:idx.size(1)]
     for i in range(c.n_layer):
         qkv = linear(norm(x, f"blocks.{i}.ln_1"), f"blocks.{i}.attn.qkv")
         heads = []
         for h in range(c.n_head):
-            q, k, v = (qkv[..., part * c.n_embd + h * d:part * c.n_embd + (h + 1) * d] for part in range(3))
+            q, k, v = (part[..., h * d:(h + 1) * d] for part in qkv.split(c.n_embd, dim=-1))
             a = reference_attention(q, k, v, allowed)
             heads.append(a / a.norm(dim=-1, keepdim=True) ** power)
         x = x + linear(torch.cat(heads, -1), f"blocks.{i}.attn.proj")
@@ -45,7 +48,8 @@ def randomise(model):
 
 def random_gpt(**options) -> GPT:
     torch.manual_seed(0)
-    return randomise(GPT(ModelConfig(**dict(block_size=12, n_layer=2, n_head=2, n_embd=16) | options), vocab_size=11))
+    sizes = dict(block_size=12, n_layer=2, n_head=2, n_embd=16)
+    return randomise(GPT(ModelConfig(**sizes | options), vocab_size=11))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -54,17 +58,19 @@ def test_gpt_is_the_formula(bias, precond, power):
     model = random_gpt(bias=bias, precond=precond, precond_power=power)
     idx = torch.randint(11, (3, 12))
     causal = torch.ones(12, 12, dtype=torch.bool).tril()
-    expected = reference_encoding(model, idx, causal, power if precond else 0.0) @ model.wte.weight.detach().double().T
-    logits, loss = model(idx, idx.roll(-1, 1))
+    encoding = reference_encoding(model, idx, causal, power if precond else 0.0)
+    expected = encoding @ model.wte.weight.detach().double().T
+    targets = idx.roll(-1, 1)
+    logits, loss = model(idx, targets)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
-    wanted = -expected.log_softmax(-1).gather(-1, idx.roll(-1, 1)[..., None]).mean()
+    wanted = -expected.log_softmax(-1).gather(-1, targets[..., None]).mean()
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_power_zero_is_the_baseline_exactly():
     idx = torch.randint(11, (3, 12))
-    losses = [random_gpt(precond=precond, precond_power=0.0)(idx, idx)[1] for precond in (False, True)]
-    assert torch.equal(*losses)
+    models = [random_gpt(precond=precond, precond_power=0.0) for precond in (False, True)]
+    assert torch.equal(*(model(idx, idx)[1] for model in models))
 
 
 def test_precond_changes_neither_parameters_nor_their_initial_values():
@@ -72,7 +78,7 @@ def test_precond_changes_neither_parameters_nor_their_initial_values():
     for precond in (False, True):
         torch.manual_seed(3)
         states.append(GPT(ModelConfig(precond=precond), 65).state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def test_learned_power_starts_half_way_and_is_the_only_extra_parameter():
@@ -80,9 +86,10 @@ def test_learned_power_starts_half_way_and_is_the_only_extra_parameter():
     half = GPT(ModelConfig(precond=True, precond_power=0.5), 65)
     torch.manual_seed(3)
     learned = GPT(ModelConfig(precond=True, precond_power="learned"), 65)
-    extra = {name for name in learned.state_dict()} - {name for name in half.state_dict()}
+    extra = learned.state_dict().keys() - half.state_dict().keys()
     assert extra == {f"blocks.{i}.attn.power" for i in range(4)} and learned.powers() == [0.5] * 4
-    assert all(torch.equal(p, learned.state_dict()[name]) for name, p in half.state_dict().items())
+    state = learned.state_dict()
+    assert all(torch.equal(p, state[name]) for name, p in half.state_dict().items())
     idx = torch.randint(65, (2, 64))
     loss = learned(idx, idx)[1]
     torch.testing.assert_close(loss, half(idx, idx)[1])
@@ -98,8 +105,10 @@ def test_initialisation_is_gpt2s():
             std = 0.02 / math.sqrt(2 * 8) if name.endswith("proj.weight") else 0.02
             assert abs(p.std().item() / std - 1) < 0.05 and abs(p.mean().item()) < std / 10, name
         else:
-            assert (p == (1.0 if "ln" in name and name.endswith("weight") else 0.0)).all(), name
-    assert abs(model(torch.randint(500, (4, 64)), torch.randint(500, (4, 64)))[1].item() - math.log(500)) < 0.1
+            gain = "ln" in name and name.endswith("weight")
+            assert (p == (1.0 if gain else 0.0)).all(), name
+    loss = model(torch.randint(500, (4, 64)), torch.randint(500, (4, 64)))[1]
+    assert abs(loss.item() - math.log(500)) < 0.1
 
 
 @pytest.mark.parametrize("attention", ["softmax", "linear"])
@@ -126,7 +135,8 @@ def test_future_tokens_change_nothing(attention):
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(), "precond=False"), (dict(precond=True, precond_power=0.5), "precond=True, precond_power=0.5"),
+    (dict(), "precond=False"),
+    (dict(precond=True, precond_power=0.5), "precond=True, precond_power=0.5"),
     (dict(precond_power=0.5), "precond=False (precond_power=0.5 has no effect on training)"),
     (dict(precond_grad=True, precond_skip="after"),
      "precond=False (precond_grad=True, precond_skip=after have no effect on training)"),
@@ -143,8 +153,11 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-@pytest.mark.parametrize("wrong, words", [(dict(n_head=3, n_embd=16), "n_head=3 does not divide n_embd=16"), (dict(block_size=0), "block_size=0"),
-                                          (dict(dropout=1.0), "dropout=1.0 must be in")])
+@pytest.mark.parametrize("wrong, words", [
+    (dict(n_head=3, n_embd=16), "n_head=3 does not divide n_embd=16"),
+    (dict(block_size=0), "block_size=0"),
+    (dict(dropout=1.0), "dropout=1.0 must be in"),
+])
 def test_impossible_configurations(wrong, words):
     with pytest.raises(ValueError, match=words):
         ModelConfig(**wrong)
@@ -166,12 +179,14 @@ MECHANISMS = ["softmax", "nystrom", "linear"]
 
 def random_classifier(towers=1, **options) -> Classifier:
     torch.manual_seed(0)
-    sizes = dict(block_size=12, n_layer=2, n_head=2, n_embd=16, n_inner=24, bias=True, landmarks=6, conv_kernel_size=5)
-    return randomise(Classifier(ModelConfig(**sizes | options), vocab_size=11, n_classes=5, towers=towers))
+    sizes = dict(block_size=12, n_layer=2, n_head=2, n_embd=16, n_inner=24, bias=True,
+                 landmarks=6, conv_kernel_size=5)
+    config = ModelConfig(**sizes | options)
+    return randomise(Classifier(config, vocab_size=11, n_classes=5, towers=towers))
 
 
 def random_sequences(towers=1):
-    """Tokens and mask (B, T) or (B, 2, T); tokens at the padding are not 0, so that what sees them shows."""
+    """Tokens and mask (B, T) or (B, 2, T). Padding is not 0, so that what sees it shows."""
     x = torch.randint(11, (len(LENGTHS), towers, 12), generator=torch.Generator().manual_seed(1))
     lengths = torch.tensor([LENGTHS, LENGTHS[::-1]][:towers]).T
     mask = torch.arange(12) < lengths[..., None]
@@ -179,7 +194,7 @@ def random_sequences(towers=1):
 
 
 def apart(x, mask):
-    """The sequences of each sample without their padding: lists of (1, n) tokens, one for each tower."""
+    """The sequences of each sample without padding: a list of (1, n) tokens, one for each tower."""
     for rows, real in zip(x.reshape(len(x), -1, 12), mask.reshape(len(x), -1, 12)):
         yield [row[r][None] for row, r in zip(rows, real)]
 
@@ -189,7 +204,9 @@ def test_a_classifiers_initialisation_keeps_the_variance():
     model = Classifier(ModelConfig(n_layer=8, n_embd=256, n_inner=500, block_size=200), 500, 10)
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            std = 1.0 if name.startswith("w") else p.size(1) ** -0.5 / (math.sqrt(2 * 8) if name.endswith("proj.weight") else 1)
+            std = 1.0 if name.startswith("w") else p.size(1) ** -0.5
+            if name.endswith("proj.weight"):
+                std /= math.sqrt(2 * 8)
             assert abs(p.std().item() / std - 1) < 0.05, name
 
 
@@ -199,17 +216,26 @@ def test_classifier_is_the_formula(towers, precond):
     """Mean over the real tokens, [a, b, a * b, a - b] for pairs, and a head with the exact GELU."""
     model = random_classifier(towers, precond=precond)
     x, mask = random_sequences(towers)
-    w1, b1, w2, b2 = (model.head[i].get_parameter(name).detach().double() for i in (0, 2) for name in ("weight", "bias"))
+    w1, b1 = (p.detach().double() for p in model.head[0].parameters())
+    w2, b2 = (p.detach().double() for p in model.head[2].parameters())
     expected = []
     for sequences in apart(x, mask):
-        means = [reference_encoding(model, s, torch.ones(1, s.size(1), dtype=torch.bool), float(precond))[0].mean(0) for s in sequences]
-        h = means[0] if towers == 1 else torch.cat([means[0], means[1], means[0] * means[1], means[0] - means[1]])
+        means = []
+        for s in sequences:
+            real = torch.ones(1, s.size(1), dtype=torch.bool)
+            means.append(reference_encoding(model, s, real, float(precond))[0].mean(0))
+        h = means[0]
+        if towers == 2:
+            a, b = means
+            h = torch.cat([a, b, a * b, a - b])
         h = w1 @ h + b1
         expected.append(w2 @ (h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))) + b2)
-    expected, y = torch.stack(expected), torch.tensor([4, 0, 2, 2])
+    expected = torch.stack(expected)
+    y = torch.tensor([4, 0, 2, 2])
     logits, loss = model(x, mask, y)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(loss.double(), -expected.log_softmax(-1)[range(4), y].mean(), rtol=1e-4, atol=1e-4)
+    wanted = -expected.log_softmax(-1)[range(4), y].mean()
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-4, atol=1e-4)
     assert model(x, mask)[1] is None
 
 
@@ -218,13 +244,16 @@ def test_classifier_is_the_formula(towers, precond):
 @pytest.mark.parametrize("precond", [False, True])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_classifier_ignores_padding_and_batch_mates(mechanism, precond, precond_skip, towers):
-    model = random_classifier(towers, attention=mechanism, precond=precond, precond_skip=precond_skip)
+    model = random_classifier(towers, attention=mechanism, precond=precond,
+                              precond_skip=precond_skip)
     x, mask = random_sequences(towers)
     logits = model(x, mask)[0]
-    torch.testing.assert_close(model(x.masked_fill(~mask, 0), mask)[0], logits, rtol=1e-4, atol=1e-4)
+    silent = model(x.masked_fill(~mask, 0), mask)[0]
+    torch.testing.assert_close(silent, logits, rtol=1e-4, atol=1e-4)
     for b in range(len(x)):
         n = int(mask[b].sum(-1).max())  # of a pair, the longer one's
-        torch.testing.assert_close(model(x[b:b + 1, ..., :n], mask[b:b + 1, ..., :n])[0], logits[b:b + 1], rtol=1e-4, atol=1e-4)
+        alone = model(x[b:b + 1, ..., :n], mask[b:b + 1, ..., :n])[0]
+        torch.testing.assert_close(alone, logits[b:b + 1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
@@ -232,34 +261,47 @@ def test_precond_changes_neither_a_classifiers_parameters_nor_their_initial_valu
     states = []
     for precond in (False, True):
         torch.manual_seed(3)
-        states.append(Classifier(ModelConfig(precond=precond, attention=mechanism), 15, 10, towers=2).state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+        config = ModelConfig(precond=precond, attention=mechanism)
+        states.append(Classifier(config, 15, 10, towers=2).state_dict())
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("precond, skip, kernel", [(False, "before", 5), (True, "before", 5), (True, "after", 5), (True, "before", 0)])
+@pytest.mark.parametrize("precond, skip, kernel", [
+    (False, "before", 5), (True, "before", 5), (True, "after", 5), (True, "before", 0)])
 def test_where_c_goes_relative_to_the_convolution_skip(precond, skip, kernel):
-    """before: C A + conv(V); after: C (A + conv(V)). The convolution runs over time, head by head, and sees no padding."""
+    """before: C A + conv(V); after: C (A + conv(V)).
+
+    The convolution runs over time, head by head, and sees no padding.
+    """
     lengths = [12, 9]
     torch.manual_seed(0)
-    layer = Attention(ModelConfig(n_embd=8, n_head=2, landmarks=4, attention="nystrom", precond=precond, precond_skip=skip,
-                                  conv_kernel_size=kernel), layer=0, causal=False)
-    x, mask = torch.randn(2, 12, 8), torch.arange(12) < torch.tensor(lengths)[:, None]
-    q, k, v = (part.view(2, 12, 2, 4).transpose(1, 2).double() for part in layer.qkv(x).split(8, dim=-1))
+    config = ModelConfig(n_embd=8, n_head=2, landmarks=4, attention="nystrom", precond=precond,
+                         precond_skip=skip, conv_kernel_size=kernel)
+    layer = Attention(config, layer=0, causal=False)
+    x = torch.randn(2, 12, 8)
+    mask = torch.arange(12) < torch.tensor(lengths)[:, None]
+    parts = layer.qkv(x).double().split(8, dim=-1)
+    q, k, v = (part.view(2, 12, 2, 4).transpose(1, 2) for part in parts)
     a = reference_nystrom(q, k, v, lengths, 4)
     conv = torch.zeros_like(a)
     for b, n in enumerate(lengths):
         for t in range(n):
             for j in range(kernel):
-                if 0 <= t + j - kernel // 2 < n:
-                    conv[b, :, t] += layer.skip.weight[:, 0, j].double() * v[b, :, t + j - kernel // 2]
-    unit = (lambda rows: rows / rows.norm(dim=-1, keepdim=True)) if precond else lambda rows: rows  # noqa: E731
-    expected = unit(a) + conv if skip == "before" else unit(a + conv)
+                s = t + j - kernel // 2
+                if 0 <= s < n:
+                    conv[b, :, t] += layer.skip.weight[:, 0, j].double() * v[b, :, s]
+    multiplied = a if skip == "before" else a + conv  # by C; kappa is of this
+    expected = multiplied
+    if precond:
+        expected = multiplied / multiplied.norm(dim=-1, keepdim=True)
+    if skip == "before":
+        expected = expected + conv
     expected = expected.transpose(1, 2).reshape(2, 12, 8) @ layer.proj.weight.double().T
     with record() as calls:
         out = layer(x, mask)
     torch.testing.assert_close(out.double()[mask], expected[mask], rtol=1e-4, atol=1e-5)
-    recorded = (a if skip == "before" else a + conv).transpose(1, 2)[mask]  # kappa is of what C multiplies
-    torch.testing.assert_close(calls[0][0].transpose(1, 2)[mask].double(), recorded, rtol=1e-4, atol=1e-5)
+    recorded, wanted = (rows.transpose(1, 2)[mask] for rows in (calls[0][0], multiplied))
+    torch.testing.assert_close(recorded.double(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sequence_longer_than_block_size_is_an_error():

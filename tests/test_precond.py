@@ -1,9 +1,7 @@
-"""The preconditioner against explicit fp64 formulas, forward and backward; its exact consequences; kappa against numpy."""
+"""precond.py against explicit fp64 formulas, forward and backward; kappa against numpy."""
 import math
 import re
-import subprocess
-import sys
-from pathlib import Path
+import runpy
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import precond
+from conftest import shell
 from precond import condition_number, precondition, preconditioned_attention, record
 
 EPS = 1e-8
@@ -18,12 +17,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def formula(a, eps=EPS, power=1.0):
     """C A row by row, in fp64."""
-    return torch.stack([row / (row.square().sum().sqrt() + eps) ** power for row in a.double().reshape(-1, a.size(-1))]).view(a.shape)
+    rows = a.double().reshape(-1, a.size(-1))
+    scaled = [row / (row.square().sum().sqrt() + eps) ** power for row in rows]
+    return torch.stack(scaled).view(a.shape)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
@@ -45,7 +47,8 @@ def test_gradient_through_the_norms(power):
     theirs, = torch.autograd.grad(formula(a, power=power), a, g)
     torch.testing.assert_close(ours, theirs)
     if power == 1:  # the radial part is removed
-        torch.testing.assert_close((ours * a).sum(-1), torch.zeros(2, 5, dtype=torch.float64), atol=1e-6, rtol=0)
+        zeros = torch.zeros(2, 5, dtype=torch.float64)
+        torch.testing.assert_close((ours * a).sum(-1), zeros, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])
@@ -72,16 +75,19 @@ def test_zero_rows(dtype, grad, power, eps):
     assert zero.sum() == 5 and not b[zero].any() and not a.grad[zero].any()
     assert b.isfinite().all() and a.grad.isfinite().all() and a.grad[~zero].any()
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(b[~zero].double(), formula(a.detach()[~zero], power=power), atol=tolerance, rtol=tolerance)
+    expected = formula(a.detach()[~zero], power=power)
+    torch.testing.assert_close(b[~zero].double(), expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
 def test_rows_have_norm_one(dtype, tolerance, scale):
     """Also where the squares leave the half types' range: norms are taken in fp32."""
     b = precondition((scale * draw(3, 6, 64)).to(dtype), eps=0.0)
     assert b.dtype == dtype
-    torch.testing.assert_close(b.double().norm(dim=-1), torch.ones(3, 6, dtype=torch.float64), atol=tolerance, rtol=0)
+    ones = torch.ones(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(b.double().norm(dim=-1), ones, atol=tolerance, rtol=0)
 
 
 def test_power_zero_is_the_input():
@@ -90,7 +96,7 @@ def test_power_zero_is_the_input():
 
 
 def test_invariant_to_positive_factors_per_row():
-    """With the gradient through C, the factors (as linear attention's denominator) get none and change none."""
+    """With the gradient through C, factors get no gradient: linear attention's denominator."""
     a, g = draw(2, 5, 4), draw(2, 5, 4, seed=1)
     factors = draw(2, 5, 1, seed=2).exp().requires_grad_()
     torch.testing.assert_close(precondition(factors * a, eps=0.0), precondition(a, eps=0.0))
@@ -102,7 +108,7 @@ def test_invariant_to_positive_factors_per_row():
 
 
 def test_equals_rms_norm_times_root_d():
-    """Forward: A' = RMSNorm(A) / sqrt(D). Backward: equal with the gradient through C, not with C constant."""
+    """A' = RMSNorm(A) / sqrt(D). Gradients: the same through C, others with C constant."""
     a, g = draw(3, 5, 16).requires_grad_(), draw(3, 5, 16, seed=1)
     norm = F.rms_norm(a, (16,), eps=0.0) / 4
     torch.testing.assert_close(precondition(a, eps=0.0), norm)
@@ -116,7 +122,7 @@ def test_equals_rms_norm_times_root_d():
 
 
 def test_rows_are_independent():
-    """C uses its own row alone: nothing of a later token reaches an earlier one, forward or backward."""
+    """C uses its own row alone: nothing of a later token reaches an earlier one."""
     a = draw(6, 4).requires_grad_()
     for grad in (False, True):
         gradient, = torch.autograd.grad(precondition(a, grad=grad)[2].sum(), a)
@@ -134,23 +140,26 @@ def test_condition_number(shape):
 
 def test_condition_number_of_deficient_and_of_bad_matrices():
     a = draw(5, 20, 8, dtype=torch.float32)
-    a[0, :, 3] = a[0, :, 5]            # two equal columns
+    a[0, :, 3] = a[0, :, 5]  # two equal columns
     a[1] = 0
     a[2, 4, 2] = torch.nan
     a[3, 4, 2] = torch.inf
     kappa = condition_number(a.requires_grad_())
-    assert kappa[:2].isinf().all() and kappa[2:4].isnan().all() and 1 < kappa[4] < 100 and not kappa.requires_grad
-    near, far = (condition_number(torch.tensor([[1.0, 0.0], [0.0, small]])) for small in (2.0**-22, 2.0**-23))
-    assert near == 2.0**22 and far == torch.inf
+    assert kappa[:2].isinf().all() and kappa[2:4].isnan().all() and 1 < kappa[4] < 100
+    assert not kappa.requires_grad
+    assert condition_number(torch.diag(torch.tensor([1.0, 2.0**-22]))) == 2.0**22
+    assert condition_number(torch.diag(torch.tensor([1.0, 2.0**-23]))) == torch.inf
     # The matrix is taken as it is: no loss beyond its own dtype.
-    assert condition_number(torch.diag(torch.tensor([1.0, 2.0**-13], dtype=torch.bfloat16))) == 2.0**13
+    half = torch.diag(torch.tensor([1.0, 2.0**-13], dtype=torch.bfloat16))
+    assert condition_number(half) == 2.0**13
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_bound(seed):
     """kappa(C A) <= sqrt(T) min_D kappa(D A), for A of full rank without zero rows."""
     T, d = 24, 6
-    a = draw(40, T, d, seed=seed) * (3 * draw(40, T, 1, seed=seed + 100)).exp()  # row lengths over several decades
+    lengths = (3 * draw(40, T, 1, seed=seed + 100)).exp()  # over several decades
+    a = draw(40, T, d, seed=seed) * lengths
     best = condition_number(a)
     for trial in range(20):
         best = torch.minimum(best, condition_number(a * draw(T, 1, seed=trial).exp()))
@@ -166,7 +175,8 @@ def test_counterexample():
     assert condition_number(precondition(a)).item() == pytest.approx(math.sqrt(196), rel=1e-5)
 
 
-@pytest.mark.parametrize("sharpness, before, after", [(1, 28.3, 28.4), (3, 9.6, 7.6), (10, 8.6, 7.8)])
+@pytest.mark.parametrize("sharpness, before, after", [
+    (1, 28.3, 28.4), (3, 9.6, 7.6), (10, 8.6, 7.8)])
 def test_gaussian_attention(sharpness, before, after):
     q, k, v = draw(3, 16, 197, 64)
     a = (sharpness * q @ k.mT / 8).softmax(-1) @ v
@@ -177,18 +187,19 @@ def test_gaussian_attention(sharpness, before, after):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 def test_preconditioned_attention(causal, grad):
-    """Softmax attention and C by explicit operations, forward and backward, with a scale and a mask."""
+    """Softmax attention and C by explicit operations, with a scale and a mask."""
     q, k, v = (t.requires_grad_() for t in draw(3, 2, 4, 6, 8))
     mask = torch.ones(6, 6, dtype=torch.bool).tril() if causal else draw(6, 6, seed=5) > -1
     scores = (q @ k.mT * 0.7).masked_fill(~mask, -torch.inf)
     a = scores.softmax(-1) @ v
-    expected = a / (a.norm(dim=-1, keepdim=True) if grad else a.detach().norm(dim=-1, keepdim=True))
+    expected = a / (a if grad else a.detach()).norm(dim=-1, keepdim=True)
     options = dict(is_causal=True) if causal else dict(attn_mask=mask)
     ours = preconditioned_attention(q, k, v, scale=0.7, grad=grad, **options)
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
     g = draw(2, 4, 6, 8, seed=6)
-    for x, y in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(expected, (q, k, v), g)):
-        torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-6)
+    got = torch.autograd.grad(ours, (q, k, v), g)
+    wanted = torch.autograd.grad(expected, (q, k, v), g)
+    torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
 
 
 def test_preconditioned_attention_with_grouped_queries_and_without_any_key():
@@ -214,7 +225,8 @@ def test_record():
     precondition(b)
     assert len(outer) == 3 and len(inner) == 1
     assert torch.equal(outer[0][0], a) and torch.equal(outer[0][1], out)
-    assert torch.equal(inner[0][0], b) and torch.equal(inner[0][1], b) and torch.equal(outer[1][0], b)
+    assert torch.equal(inner[0][0], b) and torch.equal(inner[0][1], b)
+    assert torch.equal(outer[1][0], b)
     assert out.requires_grad and not any(x.requires_grad for pair in outer for x in pair)
     with pytest.raises(KeyError), record() as failed:
         raise KeyError
@@ -222,14 +234,21 @@ def test_record():
     assert not failed
 
 
-def test_demonstration():
-    """python precond.py prints kappa for several sharpnesses and a case where it rises; importing it prints nothing."""
-    path = Path(precond.__file__)
-    out = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True).stdout
-    rows = {float(m[1]): (float(m[2]), float(m[3])) for m in re.finditer(r"^ +([\d.]+) +([\d.]+) +([\d.]+)$", out, re.M)}
-    assert len(rows) >= 4 and rows[3.0][1] < rows[3.0][0]
+def test_demonstration(capsys):
+    """python precond.py prints kappa for several sharpnesses and a case where it rises."""
+    runpy.run_path(precond.__file__, run_name="__main__")
+    out = capsys.readouterr().out
+    rows = {}
+    for sharpness, before, after in re.findall(r"^ +([\d.]+) +([\d.]+) +([\d.]+)$", out, re.M):
+        rows[float(sharpness)] = float(before), float(after)
+    before, after = rows[3.0]
+    assert len(rows) >= 4 and after < before
     assert re.search(r"by hand +1\.00 +14\.00", out) and "kappa rises" in out
-    imported = subprocess.run([sys.executable, "-c", "import precond"], cwd=path.parent, capture_output=True, text=True, check=True)
+
+
+@pytest.mark.slow
+def test_importing_it_prints_nothing():
+    imported = shell("-c", "import precond")
     assert imported.stdout == imported.stderr == ""
 
 
@@ -241,9 +260,11 @@ def test_learned_power_gets_its_gradient(grad):
     power = torch.tensor([0.0, 0.5, 1.3], dtype=torch.float64, requires_grad=True)
     out = precondition(a, grad=grad, eps=0.0, power=power)
     for head, p in enumerate(power.tolist()):
-        torch.testing.assert_close(out[:, head], precondition(a[:, head], eps=0.0, power=p) if p else a[:, head])
+        expected = precondition(a[:, head], eps=0.0, power=p) if p else a[:, head]
+        torch.testing.assert_close(out[:, head], expected)
     weight = torch.randn_like(a)
     got, = torch.autograd.grad((out * weight).sum(), power)
     length = a.norm(dim=-1, keepdim=True)
-    wanted = (-length.clamp(min=1e-300).log() * out.detach() * weight).sum((0, 2, 3))  # d/dp l^-p = -log(l) l^-p
+    # d/dp l^-p = -log(l) l^-p
+    wanted = (-length.clamp(min=1e-300).log() * out.detach() * weight).sum((0, 2, 3))
     torch.testing.assert_close(got, wanted)
