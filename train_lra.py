@@ -25,7 +25,7 @@ import torch
 
 from data import listops, lra
 from data.folders import expecting
-from data.order import Shuffled
+from data.order import Shuffled, spread
 from engine import checkpoint, options
 from engine.device import Compute
 from engine.options import DATA, FREE, UserError, at_least, not_empty
@@ -123,13 +123,12 @@ class Classification(Task):
         Over `limit` samples spread evenly, if given.
         """
         size = len(self.splits[split])
-        count = min(limit or size, size)
-        indices = np.arange(count) * size // count
+        indices = spread(limit or size, size)
         mine = indices[compute.rank::compute.world]
         loss, predicted = self.predict(model, compute, split, mine)
         right = (predicted.numpy() == self.splits[split].labels[mine]).sum()
         loss, right = compute.reduce([loss, float(right)])
-        return loss / count, right / count
+        return loss / len(indices), right / len(indices)
 
     def evaluate(self, model, compute: Compute) -> dict[str, float]:
         loss, accuracy = self.score(model, compute, "val", self.eval_limit)

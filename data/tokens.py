@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data.folders import read_meta
-from data.order import Shuffled
+from data.order import Shuffled, spread
 from data.tokenizers import Tokenizer
 from engine.options import DataError
 
@@ -249,8 +249,7 @@ def eval_blocks(tokens: Tokens, block_size: int, count: int) -> np.ndarray:
     available = (len(tokens) - 1) // block_size
     if available < 1:
         raise _too_short(tokens, block_size, "one block", block_size + 1)
-    n = min(count, available)
-    return np.arange(n) * available // n * block_size
+    return spread(count, available) * block_size
 
 
 def _too_short(tokens: Tokens, block_size: int, what: str, needed: int) -> DataError:
