@@ -6,6 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ torch.set_num_threads(1)
 
 from engine import options  # noqa: E402
 from engine.device import Compute  # noqa: E402
+from lra_archives import archive, cifar, imdb_files, retrieval_files  # noqa: E402
 
 # A run measures the processor for 0.3 s before it trains. Here one product has to do.
 Compute.matmul_peak.__defaults__ = (0.0,)
@@ -48,6 +50,24 @@ def corpus(tmp_path_factory):
     text = "".join(line.format(i * i % 97, chr(97 + i % 26), i % 13) for i in range(75))
     (folder / "text.txt").write_text(text, encoding="utf-8")
     return [f"--dataset={folder / 'text.txt'}", f"--data_dir={folder / 'data'}"]
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """--data_dir for all runs: what one prepares the others find."""
+    return f"--data_dir={tmp_path_factory.mktemp('lra')}"
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory):
+    """{task: --source=archive} of the tasks that are read. Pairs of 5 to 40 random letters."""
+    folder = tmp_path_factory.mktemp("released")
+    random = np.random.default_rng(0)
+    letters = [bytes(random.integers(97, 123, random.integers(5, 41)).tolist()) for _ in range(24)]
+    pairs = [b"%d\t1\t2\t%b\t%b" % (i % 2, letters[2 * i], letters[2 * i + 1]) for i in range(12)]
+    files = {"text": imdb_files(), "retrieval": retrieval_files(pairs), "image": cifar()[2]}
+    return {task: f"--source={archive(folder / f'{task}.tar.gz', content)}"
+            for task, content in files.items()}
 
 
 @pytest.fixture
