@@ -6,6 +6,7 @@
     python sample.py --start=LINES:prompts.txt              # a prompt a line, all in one batch
 """
 import codecs
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from engine.options import UserError, at_least, in_range
 from engine.packed import for_sampling
 from model import GPT
 
+ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+
 
 @dataclass
 class Config(ComputeConfig):
@@ -30,7 +33,8 @@ class Config(ComputeConfig):
     ckpt: Annotated[Literal["best", "latest"],
                     "best: the lowest validation loss, where it is kept; or the latest"] = "best"
     start: Annotated[str, "prompt, FILE:path/to/prompt.txt, or LINES:path/to/prompts.txt, a "
-                          "prompt a line"] = "\n"
+                          "prompt a line. In a prompt, \\n is a line end, \\t a tab, \\\\ a "
+                          "backslash; <|endoftext|> is a token of GPT-2's"] = "\n"
     num_samples: Annotated[int, "samples for each prompt, all drawn in one batch; the first is "
                                 "shown as it is written", at_least(1)] = 3
     max_new_tokens: Annotated[int, "length of a sample in tokens", at_least(0)] = 500
@@ -39,7 +43,8 @@ class Config(ComputeConfig):
     top_k: Annotated[int, "choose among the k likeliest tokens; 0: all", at_least(0)] = 200
     top_p: Annotated[float, "choose among the likeliest tokens that hold this probability; 1: all",
                      in_range(0, 1, closed="high")] = 1.0
-    stop: Annotated[str, "end a sample before this text; \\n is a line end"] = ""
+    stop: Annotated[str, "end a sample before this text, written like a prompt; empty: go on to "
+                         "max_new_tokens"] = "<|endoftext|>"
     seed: Annotated[int, "seed for the random choices", options.seed] = 1337
 
 
@@ -152,13 +157,18 @@ class TextStream:
         return part
 
 
+def unescape(text: str) -> str:
+    """What a shell's word can hardly hold is written as in Python: \\n, \\t, \\\\."""
+    return re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], text)
+
+
 def read_prompts(start: str) -> list[str]:
     """The prompt itself, the content of FILE:path, or the lines of LINES:path. Raises UserError."""
-    prompts = [start]
+    prompts = [unescape(start)]
     kind, _, path = start.partition(":")
     if kind in ("FILE", "LINES"):
         try:
-            content = Path(path).read_text(encoding="utf-8")
+            content = Path(path).read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise UserError(f"--start={start}: no such file") from None
         except (OSError, UnicodeDecodeError) as e:
@@ -180,8 +190,8 @@ def main():
         dtype = DTYPES[compute.dtype]
         model = for_sampling(GPT.from_checkpoint(saved), compute.device, dtype)
         generator = torch.Generator(compute.device).manual_seed(config.seed)
-        batch, padding = stack([tokenizer.encode(prompt) for prompt in prompts], compute.device)
-        streams = [TextStream(tokenizer, config.stop.replace("\\n", "\n")) for _ in prompts]
+        batch, padding = stack([tokenizer.encode_prompt(prompt) for prompt in prompts], compute.device)
+        streams = [TextStream(tokenizer, unescape(config.stop)) for _ in prompts]
         print(prompts[0], end="", flush=True)
         for new in generate(model, batch, config.max_new_tokens, padding=padding,
                             temperature=config.temperature, top_k=config.top_k,

@@ -1,10 +1,14 @@
 """sample.py: generation with the cache against the same rule without one; choosing, streaming."""
+from dataclasses import asdict
+
 import pytest
 import torch
 
 import sample
 import train
 from conftest import SMALL, error
+from data.tokenizers import GPT2Tokenizer
+from engine.options import DataError
 from model import GPT, ModelConfig
 from sample import TextStream, choose, generate, stack
 
@@ -120,6 +124,45 @@ def test_prompts_of_a_file_s_lines(tmp_path):
     assert sample.read_prompts(f"LINES:{tmp_path / 'prompts.txt'}") == ["one", "two three"]
     assert sample.read_prompts(f"FILE:{tmp_path / 'prompts.txt'}") == ["one\n\ntwo three\n"]
     assert sample.read_prompts("ROMEO:") == ["ROMEO:"]
+    assert sample.read_prompts(r"a\n\tb\\n\x") == ["a\n\tb\\n\\x"]
+    (tmp_path / "prompts.txt").write_text("\ufeffone\\n", encoding="utf-8")
+    assert sample.read_prompts(f"FILE:{tmp_path / 'prompts.txt'}") == ["one\\n"]
+
+
+@pytest.fixture
+def gpt2():
+    try:
+        return GPT2Tokenizer()
+    except DataError as e:
+        pytest.skip(str(e))
+
+
+def save_model(folder, tokenizer, **changes):
+    """A checkpoint of random weights."""
+    config = train.Config(n_layer=1, n_head=1, n_embd=4, block_size=8, **changes)
+    model = GPT(config, tokenizer.vocab_size)
+    task = {"tokenizer": tokenizer.state(), "vocab_size": tokenizer.vocab_size}
+    torch.save({"config": asdict(config), "task": task, "step": 1, "model": model.state_dict()},
+               folder / "ckpt.pt")
+
+
+def test_documents_begin_and_end_with_a_token(call, gpt2, tmp_path, monkeypatch):
+    """In the prompt <|endoftext|> is one token. Where the model writes it the sample ends."""
+    save_model(tmp_path, gpt2)
+    written = [*gpt2.encode("two"), gpt2.eot, *gpt2.encode("three")]
+    prompts = []
+
+    def fake(model, prompt, *_, **__):
+        prompts.append(prompt.tolist())
+        return (torch.tensor([token]) for token in written)
+    monkeypatch.setattr(sample, "generate", fake)
+    options = [f"--out_dir={tmp_path}", "--num_samples=1", r"--start=<|endoftext|>one\n"]
+    assert call(sample, *options)[1] == "<|endoftext|>one\ntwo\n"
+    assert prompts == [[[gpt2.eot, *gpt2.encode("one\n")]]]
+    assert call(sample, *options, "--stop=")[1] == "<|endoftext|>one\ntwo<|endoftext|>three\n"
+    assert call(sample, *options, r"--stop=e\n")[1].endswith("two<|endoftext|>three\n")
+    assert call(sample, *options, "--stop=xtw")[1].endswith("two<|endoftext|>three\n")
+    assert call(sample, *options, "--stop=hr")[1].endswith("two<|endoftext|>t\n")
 
 
 @pytest.fixture(scope="module")
