@@ -3,7 +3,7 @@
     python sample.py                                        # from the best checkpoint in out/
     python sample.py --start="ROMEO:" --num_samples=5 --temperature=0.7
     python sample.py --start=FILE:prompt.txt --stop="\\n\\n" --out_dir=out-mine
-    python sample.py --start=LINES:prompts.txt              # a prompt a line, all in one batch
+    python sample.py --start=LINES:prompts.txt              # a prompt a line
 """
 import codecs
 import re
@@ -24,6 +24,10 @@ from engine.options import UserError, at_least, in_range
 from engine.packed import for_sampling
 from model import GPT
 
+# Samples drawn at once: at most so many, whose keys and values take at most so many bytes.
+MOST = 256
+CACHE = 2**31
+SEPARATOR = "-" * 20
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
 
@@ -35,7 +39,7 @@ class Config(ComputeConfig):
     start: Annotated[str, "prompt, FILE:path/to/prompt.txt, or LINES:path/to/prompts.txt, a "
                           "prompt a line. In a prompt, \\n is a line end, \\t a tab, \\\\ a "
                           "backslash; <|endoftext|> is a token of GPT-2's"] = "\n"
-    num_samples: Annotated[int, "samples for each prompt, all drawn in one batch; the first is "
+    num_samples: Annotated[int, "samples for each prompt, drawn in batches; a batch's first one is "
                                 "shown as it is written", at_least(1)] = 3
     max_new_tokens: Annotated[int, "length of a sample in tokens", at_least(0)] = 500
     temperature: Annotated[float, "1: the model's distribution; below: more cautious; 0: always "
@@ -61,24 +65,23 @@ def generate(model: GPT, prompt: torch.Tensor, max_new_tokens: int, *,
     lives on the model's device.
     """
     block = model.config.block_size
-    T = prompt.size(1)
-    tokens = torch.cat([prompt, prompt.new_empty(prompt.size(0), max_new_tokens)], dim=1)
+    tokens = new = prompt[:, -block:]  # all that the model still sees, and what it has not yet seen
+    cut = prompt.size(1) - tokens.size(1)
     # Keys and values in the dtype of the model's weights.
-    cache = KVCache(model.config, prompt.size(0), prompt.device, model.wte.weight.dtype)
-    start = max(0, T - block)
-    for end in range(T, T + max_new_tokens):
+    cache = KVCache(model.config, len(prompt), prompt.device, model.wte.weight.dtype)
+    for _ in range(max_new_tokens):
         if cache.length == block:
             # Positions are learned, so a window that moves by a token would be computed anew for
             # each. Keeping its last half, that happens once in block_size / 2 tokens.
             cache.length = 0
-            start = end - max(1, block // 2)
-        if cache.length == 0:
-            new = tokens[:, start:end]  # (B, end - start)
-            if padding is not None:
-                cache.padding = (padding - start).clamp(min=0)
+            new = tokens[:, -max(1, block // 2):]
+            cut += tokens.size(1) - new.size(1)
+            tokens = new
+        if cache.length == 0 and padding is not None:
+            cache.padding = (padding - cut).clamp(min=0)
         logits = model(new, cache=cache)[0][:, -1].float()  # (B, V)
         new = choose(logits, temperature, top_k, top_p, generator)[:, None]  # (B, 1)
-        tokens[:, end:end + 1] = new
+        tokens = torch.cat([tokens, new], dim=1)  # (B, at most block + 1)
         yield new[:, 0]
 
 
@@ -181,29 +184,44 @@ def read_prompts(start: str) -> list[str]:
     return prompts
 
 
+def write(model: GPT, tokenizer, prompts: list[str], config: Config, generator: torch.Generator):
+    """Print a sample for each prompt, all drawn at once, the first one as it is written."""
+    block = model.config.block_size
+    rows = [tokenizer.encode_prompt(prompt)[-block:] for prompt in prompts]
+    batch, padding = stack(rows, generator.device)
+    streams = [TextStream(tokenizer, unescape(config.stop)) for _ in prompts]
+    print(prompts[0], end="", flush=True)
+    for new in generate(model, batch, config.max_new_tokens, padding=padding,
+                        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+                        generator=generator):
+        parts = [stream.add(token) for stream, token in zip(streams, new.tolist())]
+        print(parts[0], end="", flush=True)
+        if all(stream.done for stream in streams):
+            break
+    print(streams[0].end())
+    for prompt, stream in zip(prompts[1:], streams[1:]):
+        stream.end()
+        print(f"{SEPARATOR}\n{prompt}{stream.text}")
+
+
 def main():
     config, _ = options.parse(Config, sys.argv[1:], __doc__)
+    prompts = read_prompts(config.start)
     saved = checkpoint.read_language_model(Path(config.out_dir), best=config.ckpt == "best")
     tokenizer = text.load_tokenizer(saved["task"]["tokenizer"])
-    prompts = [prompt for prompt in read_prompts(config.start) for _ in range(config.num_samples)]
     with Compute(config.device, config.dtype, saved["config"]["n_embd"]) as compute:
         dtype = DTYPES[compute.dtype]
         model = for_sampling(GPT.from_checkpoint(saved), compute.device, dtype)
         generator = torch.Generator(compute.device).manual_seed(config.seed)
-        batch, padding = stack([tokenizer.encode_prompt(prompt) for prompt in prompts], compute.device)
-        streams = [TextStream(tokenizer, unescape(config.stop)) for _ in prompts]
-        print(prompts[0], end="", flush=True)
-        for new in generate(model, batch, config.max_new_tokens, padding=padding,
-                            temperature=config.temperature, top_k=config.top_k,
-                            top_p=config.top_p, generator=generator):
-            parts = [stream.add(token) for stream, token in zip(streams, new.tolist())]
-            print(parts[0], end="", flush=True)
-            if all(stream.done for stream in streams):
-                break
-        print(streams[0].end())
-        for prompt, stream in zip(prompts[1:], streams[1:]):
-            stream.end()
-            print("-" * 20 + f"\n{prompt}{stream.text}")
+        c = model.config
+        at_once = max(1, min(MOST, CACHE // (8 * c.n_layer * c.block_size * c.n_embd)))
+        total = len(prompts) * config.num_samples
+        for first in range(0, total, at_once):
+            if first:
+                print(SEPARATOR)
+            samples = range(first, min(first + at_once, total))
+            batch = [prompts[i // config.num_samples] for i in samples]
+            write(model, tokenizer, batch, config, generator)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,13 @@ def test_a_stream_waits_for_whole_characters():
     assert stream.end() == "\ufffd"
 
 
+def test_the_window_is_all_that_is_kept():
+    """A length that no memory could hold begins at once."""
+    tokens = generate(random_model(), torch.tensor([PROMPTS[0]]), 10**15, temperature=0)
+    for _ in range(100):
+        assert next(tokens).shape == (1,)
+
+
 def test_prompts_of_a_file_s_lines(tmp_path):
     (tmp_path / "prompts.txt").write_text("one\n\ntwo three\n", encoding="utf-8")
     assert sample.read_prompts(f"LINES:{tmp_path / 'prompts.txt'}") == ["one", "two three"]
@@ -187,6 +194,39 @@ def test_samples_are_repeatable_and_continue_the_prompt(call, run, tmp_path):
     assert call(sample, *options, f"--start=FILE:{tmp_path / 'prompt.txt'}")[1] == out
     assert call(sample, *options, "--start=Préc", "--seed=1")[1] != out
     assert call(sample, *options, "--start=Préc", "--ckpt=latest")[0] == 0
+
+
+def test_samples_are_drawn_in_batches(call, run, monkeypatch, tmp_path):
+    """Each as if its batch were all; a number that no memory could hold begins at once."""
+    (tmp_path / "prompts.txt").write_text("a\nbc\n")
+    options = [f"--out_dir={run}", f"--start=LINES:{tmp_path / 'prompts.txt'}", "--num_samples=3",
+               "--max_new_tokens=5", "--temperature=0"]
+    together = call(sample, *options)[1]
+    samples = together.split(f"\n{sample.SEPARATOR}\n")
+    assert [s[:2] for s in samples[:3]] == [samples[0][:2]] * 3
+    assert [s[:2] for s in samples[3:]] == ["bc"] * 3
+    batches = []
+    write = sample.write
+
+    def count(model, tokenizer, prompts, *rest):
+        batches.append(prompts)
+        write(model, tokenizer, prompts, *rest)
+    monkeypatch.setattr(sample, "write", count)
+    monkeypatch.setattr(sample, "MOST", 4)
+    assert call(sample, *options)[1] == together
+    assert batches == [["a", "a", "a", "bc"], ["bc", "bc"]]
+
+    class Enough(Exception):
+        pass
+
+    def stop(model, tokenizer, prompts, *_):
+        raise Enough(len(prompts))
+    monkeypatch.setattr(sample, "write", stop)
+    with pytest.raises(Enough, match="4"):
+        call(sample, f"--out_dir={run}", "--num_samples=1000000000000000")
+    monkeypatch.setattr(sample, "CACHE", 1)
+    with pytest.raises(Enough, match="1"):
+        call(sample, f"--out_dir={run}", "--num_samples=1000000000000000")
 
 
 def test_stop(call, run):
