@@ -28,6 +28,7 @@ from model import GPT
 MOST = 256
 CACHE = 2**31
 SEPARATOR = "-" * 20
+COLDEST = 1e-5  # a lower temperature is 0: the likeliest token has all the probability
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
 
@@ -99,7 +100,7 @@ def stack(prompts: list[list[int]], device=None) -> tuple[torch.Tensor, torch.Te
 def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
            generator: torch.Generator | None) -> torch.Tensor:
     """Draw a token from each row of logits (B, V) -> (B,)."""
-    if temperature == 0:
+    if temperature < COLDEST:
         return logits.argmax(dim=-1)
     logits = logits / temperature
     tokens = None
@@ -109,6 +110,7 @@ def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
     if top_p < 1:
         ordered, index = logits.softmax(dim=-1).sort(descending=True)
         excess = ordered.cumsum(dim=-1) - ordered >= top_p  # the tokens before this one suffice
+        excess[:, 0] = False  # even where top_p is too small for float32
         excess = torch.zeros_like(excess).scatter(-1, index, excess)
         logits = logits.masked_fill(excess, -torch.inf)
     drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)  # (B, 1)

@@ -98,6 +98,17 @@ def test_choose_follows_the_distribution():
     assert draw(temperature=0)[1] == 1
 
 
+@pytest.mark.parametrize("options", [
+    dict(temperature=1e-45), dict(temperature=5e-324), dict(temperature=1e-5),
+    dict(top_p=1e-45), dict(top_p=5e-324)])
+def test_extreme_options_choose_the_likeliest_token(options):
+    logits = torch.tensor([[1e4, 2e4, 0.0, -1e4], [0.0, 1.0, 3.0, -1.0]])
+    how = dict(temperature=1.0, top_k=0, top_p=1.0, generator=None) | options
+    for _ in range(20):
+        assert choose(logits, **how).tolist() == [1, 2]
+    assert choose(logits, 1e308, 0, 1.0, None).shape == (2,)
+
+
 class Bytes:
     decode_bytes = staticmethod(bytes)
 
@@ -243,6 +254,12 @@ def test_stop(call, run):
     (["--start=FILE:nothere.txt"], "no such file"),
     (["--start="], "the prompt is empty"),
     (["--temperature=-1"], "temperature=-1"),
+    (["--temperature=nan"], "temperature=nan must be a finite number"),
+    (["--temperature=1e999"], "temperature=inf must be a finite number"),
+    (["--top_p=nan"], "top_p=nan must be a finite number"),
+    (["--seed=99999999999999999999999"], "seed=99999999999999999999999 must be in [0, 4294967296)"),
+    (["--num_samples=0"], "num_samples=0 must be at least 1"),
+    (["--max_new_tokens=-1"], "max_new_tokens=-1 must not be negative"),
     (["--top_p=0"], "top_p=0"),
     (["--ckpt=newest"], "choose best or latest"),
     (["--device=cuda:77"], "--device=cuda:77"),
