@@ -18,6 +18,9 @@ That a causal kernel needs only half of attention's FLOPs is not counted, as usu
 
 The arm `explicit` is softmax attention without fused kernels, with its (T, T) matrices in memory.
 """
+import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch is loaded)
+
+# isort: split
 import importlib.util
 import os
 import sys

@@ -12,6 +12,9 @@ precond.register_transformers, without which transformers refuses to load it. Ea
 tokenizers becomes a tokenizer.json that transformers.AutoTokenizer reads. Needs
 requirements-extra.txt.
 """
+import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch is loaded)
+
+# isort: split
 import json
 import sys
 from dataclasses import dataclass

@@ -5,9 +5,11 @@
     python sample.py --start=FILE:prompt.txt --stop="\\n\\n" --out_dir=out-mine
     python sample.py --start=LINES:prompts.txt              # a prompt a line
 """
+import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch is loaded)
+
+# isort: split
 import codecs
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -227,5 +229,4 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` has seen enough
     options.run(main)

@@ -1,4 +1,6 @@
 """sample.py: generation with the cache against the same rule without one; choosing, streaming."""
+import os
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -6,8 +8,8 @@ import torch
 
 import sample
 import train
-from conftest import SMALL, error
-from data.tokenizers import GPT2Tokenizer
+from conftest import SMALL, error, shell
+from data.tokenizers import ByteTokenizer, GPT2Tokenizer
 from engine.options import DataError
 from model import GPT, ModelConfig
 from sample import TextStream, choose, generate, stack
@@ -238,6 +240,28 @@ def test_samples_are_drawn_in_batches(call, run, monkeypatch, tmp_path):
     monkeypatch.setattr(sample, "CACHE", 1)
     with pytest.raises(Enough, match="1"):
         call(sample, f"--out_dir={run}", "--num_samples=1000000000000000")
+
+
+def test_output_that_the_terminal_cannot_hold(run, tmp_path):
+    """Question marks, whatever is not ASCII: text, undecodable bytes of a prompt, a folder."""
+    odd = tmp_path / os.fsdecode(b"run\xff")
+    shutil.copytree(run, odd)
+    done = shell("sample.py", f"--out_dir={odd}", "--start=Préc", "--max_new_tokens=0",
+                 PYTHONIOENCODING="ascii")
+    assert done.stdout.startswith("Pr?c\n")
+    done = shell("sample.py", f"--out_dir={odd}", "--ckpt=latest", "--start=☃", check=False,
+                 PYTHONIOENCODING="ascii")
+    assert done.returncode == 2 and "is not among the 42 of the training" in done.stderr
+    (odd / "best.pt").unlink()
+    (odd / "ckpt.pt").write_bytes(b"")
+    done = shell("sample.py", f"--out_dir={odd}", check=False)
+    assert done.returncode == 2 and "run?/ckpt.pt is not a readable" in done.stderr
+
+    save_model(tmp_path, ByteTokenizer())
+    prompt = os.fsdecode(b"--start=\xff\xfe!")
+    done = shell("sample.py", f"--out_dir={tmp_path}", prompt, "--max_new_tokens=2",
+                 "--num_samples=1")
+    assert done.stdout.startswith("??!")
 
 
 def test_stop(call, run):
