@@ -1,8 +1,8 @@
 """Does it help? Train arms that differ in some options on the same seeds, and compare them.
 
     python compare.py train.py --vary precond=False,True --seeds=5
-    python compare.py train_lra.py listops --vary attention=softmax,nystrom --vary precond=False,True
-    python compare.py train.py --arm "off: precond=False" --arm "half: precond=True precond_power=0.5"
+    python compare.py train_lra.py listops --vary attention=softmax,linear --vary precond=False,True
+    python compare.py train.py --arm off: --arm "half: precond=True precond_power=0.5"
 
 The script's own options follow its name as usual and hold for all arms. All arms get the same
 seeds, hence the same initial parameters and batches. Differences to the first arm are paired by
@@ -22,6 +22,7 @@ lets the runs save. Typing the same command again keeps what is finished and res
 stopped. The report is printed, and kept as compare.md and compare.json in out_dir. Needs
 requirements-extra.txt.
 """
+import argparse
 import shlex
 import sys
 from dataclasses import dataclass
@@ -62,27 +63,20 @@ def read(argv: list[str]) -> Comparison:
     if script not in SCRIPTS:
         raise UserError(f"name the script to compare first: {', '.join(SCRIPTS)}; see --help")
     known = options.options(Config)
-    theirs, ours, arms = [], [], []
-    while words:
-        word = words.pop(0)
-        key, equals, text = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or key not in (*known, "vary", "arm"):
-            theirs.append(word)
-            continue
-        if not equals:
-            if not words or words[0].startswith("--"):
-                raise UserError(f"--{key} needs a value; see --help")
-            text = words.pop(0)
-        if key in known:
-            ours.append(f"--{key}={text}")
-        else:
-            arms.append((key, text))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in (*known, "vary", "arm"):
+        parser.add_argument(f"--{name}", action="append", default=[])
+    try:
+        given, theirs = parser.parse_known_args(words)
+    except argparse.ArgumentError as e:
+        raise UserError(f"{e.argument_name} needs a value; see --help") from None
     for word in theirs:
         if word.startswith("--"):
             key = word[2:].partition("=")[0]
             options.find(key, options.options(SCRIPTS[script].Config) | known)
+    ours = [f"--{name}={value}" for name in known for value in getattr(given, name)]
     config, _ = options.parse(Config, ours, __doc__)
-    return Comparison(config, script, theirs, make_arms(arms))
+    return Comparison(config, script, theirs, make_arms(given.vary, given.arm))
 
 
 def main():

@@ -22,14 +22,14 @@ class Arm:
         return [word[2:].partition("=")[0] for word in self.words]
 
 
-def make_arms(given: list[tuple[str, str]]) -> list[Arm]:
-    """The grid of all ("vary", text), then an arm for each ("arm", text). Raises UserError."""
-    varied = [one_option(text) for kind, text in given if kind == "vary"]
+def make_arms(vary: list[str], named: list[str]) -> list[Arm]:
+    """The grid of all --vary, then an arm for each --arm. Raises UserError."""
+    varied = [settings_of(text) for text in vary]
     arms = []
     for settings in itertools.product(*varied) if varied else ():
         beside = " ".join([*settings[:-1], varied[-1][0]]) if len(varied) > 1 else ""
         arms.append(Arm(" ".join(settings), [f"--{word}" for word in settings], beside))
-    arms += [named(text) for kind, text in given if kind == "arm"]
+    arms += map(named_arm, named)
     if len(arms) < 2:
         raise UserError("nothing to compare: give --vary KEY=VALUE,VALUE, or --arm twice")
     if len({arm.name for arm in arms}) < len(arms):
@@ -38,7 +38,7 @@ def make_arms(given: list[tuple[str, str]]) -> list[Arm]:
     return arms
 
 
-def one_option(text: str) -> list[str]:
+def settings_of(text: str) -> list[str]:
     """"KEY=A,B" -> ["KEY=A", "KEY=B"]"""
     key, _, values = text.partition("=")
     if not values:
@@ -46,7 +46,7 @@ def one_option(text: str) -> list[str]:
     return [f"{key}={value}" for value in values.split(",")]
 
 
-def named(text: str) -> Arm:
+def named_arm(text: str) -> Arm:
     """"NAME: KEY=VALUE ..." -> its arm."""
     name, colon, settings = text.partition(":")
     if not (colon and name.strip()):

@@ -7,19 +7,10 @@ import numpy as np
 from engine.metrics import METRICS
 from engine.options import DATA, DataError, UserError, marked
 from study import stats
+from study.canvas import COLOURS, DARK, INFINITE, LETTER, STYLE, canvas, focus, key, line
 from study.runs import Groups, Run, script_of, series
 from study.spectra import spectra
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
-           "#000000")  # Okabe and Ito 2008, without their yellow
-DARK = "#333333"
-STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
-         "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True,
-         "legend.frameon": False, "lines.linewidth": 1.5, "lines.markersize": 3.5,
-         "savefig.dpi": 200, "svg.hashsalt": "plot"}  # the salt makes equal figures equal files
-LETTER = 0.08  # the width of a letter in inches, with room to spare
-X_LABELS = {"step": "Training step", "tokens": "Training tokens",
-            "seconds": "Training time (s)"}
 # Line styles of A, of C A, and of the C A that a run without C could have.
 BEFORE, AFTER, WOULD_BE = "--", "-", ":"
 
@@ -106,110 +97,6 @@ def applied(runs: list[Run]) -> bool:
     return any(run.config["precond"] for run in runs)
 
 
-def line(ax, xs: np.ndarray, values: np.ndarray, colour, log: bool = False, edge: float = 1.0,
-         **style) -> tuple[np.ndarray, np.ndarray]:
-    """Draw values (runs, n) as a line with a band; returns the band's edges.
-
-    Infinite points become triangles at `edge`, 1 being the top of the axes. Where a seed is
-    infinite there is no band.
-    """
-    if log:
-        middle, low, high = np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
-    else:
-        middle = values.mean(axis=0)
-        sd = values.std(axis=0, ddof=1) if len(values) > 1 else 0.0
-        low, high = middle - sd, middle + sd
-    if len(values) > 1:
-        ax.fill_between(xs, low, high, where=np.isfinite(high), color=colour, alpha=0.15,
-                        linewidth=0)
-    finite = np.isfinite(middle)
-    ax.plot(xs, np.where(finite, middle, np.nan), color=colour, **style)
-    if not finite.all():
-        ax.plot(xs[~finite], np.full((~finite).sum(), edge), color=colour, marker="^",
-                linestyle="none", markersize=5, clip_on=False, gid="infinite",
-                transform=ax.get_xaxis_transform(), fillstyle=style.get("fillstyle"))
-    return low, high
-
-
-def canvas(groups: Groups, count: int, columns: int, size: tuple[float, float], title: str,
-           x: str, **shared):
-    """-> (figure, axes): `count` axes of `size` inches in `columns`.
-
-    The title says what is drawn, and of which model and data.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-    rows = -(-count // columns)
-    figure = Figure(figsize=(0.7 + size[0] * columns, 1.1 + size[1] * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
-    for ax in axes[count:]:
-        ax.remove()
-    for i, ax in enumerate(axes[:count]):
-        if i + columns >= count:
-            ax.set_xlabel(X_LABELS.get(x, x))
-            ax.tick_params(labelbottom=True)
-        if x == "tokens":
-            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    said = f"{title}\n{subject(groups)}"
-    figure.suptitle(said, fontsize=9)
-    widen(figure, LETTER * max(map(len, said.split("\n"))))
-    return figure, axes[:count]
-
-
-def widen(figure, width: float):
-    figure.set_figwidth(max(figure.get_figwidth(), width))
-
-
-def tiling(count: int) -> int:
-    """Columns for `count` panels: at most 4, and few gaps in the last row."""
-    return 3 if count in (5, 6, 9) else min(count, 4)
-
-
-def key(figure, groups: Groups, styles: dict[str, str] | None = None):
-    """Say below the axes which colour is which group, and what styles {meaning: style} stand for.
-
-    A style is that of a line, or "^" for a marker alone.
-    """
-    from matplotlib.lines import Line2D
-    styles = styles or {}
-    widest = LETTER * (max(map(len, groups)) + 7)
-    widen(figure, widest + (2.0 if styles else 0.0))
-    columns = 1 if styles else min(len(groups), int(figure.get_figwidth() / widest))
-    rows = max(-(-len(groups) // columns), len(styles))
-    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
-    figure.legend(handles=[Line2D([], [], color=colour, label=label)
-                           for colour, label in zip(COLOURS, groups)], ncols=columns,
-                  loc="outside lower left" if styles else "outside lower center")
-    if styles:
-        marks = []
-        for meaning, style in styles.items():
-            drawn = {"marker": "^", "linestyle": ""} if style == "^" else {"linestyle": style}
-            marks.append(Line2D([], [], color=DARK, label=meaning, **drawn))
-        figure.legend(handles=marks, loc="outside lower right")
-
-
-def subject(groups: Groups) -> str:
-    """What all runs have in common: data, attention, size."""
-    first, *others = [run.config for runs in groups.values() for run in runs]
-    same = {key: value for key, value in first.items()
-            if all(config.get(key) == value for config in others)}
-    said = [same["task"] if "task" in same else Path(same["dataset"]).stem]
-    if "attention" in same:
-        said.append(f"{same['attention']} attention")
-    names = {"n_layer": "layers", "n_head": "heads", "n_embd": "width", "block_size": "context"}
-    return ", ".join(said + [f"{name} {same[key]}" for key, name in names.items() if key in same])
-
-
-def over_seeds(groups: Groups, log: bool) -> str:
-    """The end of a title: what lines and bands are."""
-    counts = [len(runs) for runs in groups.values()]
-    low, high = min(counts), max(counts)
-    if high == 1:
-        return ""
-    shown = "median and range" if log else "mean and standard deviation"
-    return f": {shown} of {low if low == high else f'{low} to {high}'} seeds"
-
-
 def judged(groups: Groups) -> tuple[str, str, float, str]:
     """The metric that the first run is judged by: name, label, and its factor and unit as drawn."""
     name = next(iter(groups.values()))[0].metric
@@ -223,20 +110,6 @@ def better_side(name: str, unit: str, lower: str, higher: str) -> str:
     """For an axis of differences: their unit, and where they are good, `lower` or `higher`."""
     side = lower if METRICS[name].better == "lower" else higher
     return f"({'points' if unit == '%' else unit}; {side} 0 is better)"
-
-
-def focus(ax, spans: list[tuple[np.ndarray, np.ndarray, np.ndarray]], *also: float):
-    """Fit the y axis to the bands (x, low, high) and `also` after a tenth of the training.
-
-    What comes before would dwarf all that follows.
-    """
-    late = [xs >= 0.1 * xs[-1] for xs, _, _ in spans]
-    if min(sum(here) for here in late) > 3:
-        edges = list(also)
-        for (_, low, high), here in zip(spans, late):
-            edges += [*low[here], *high[here]]
-        margin = 0.05 * (max(edges) - min(edges)) or 1.0
-        ax.set_ylim(min(edges) - margin, max(edges) + margin)
 
 
 def validation(groups: Groups, x: str):
@@ -253,8 +126,8 @@ def validation(groups: Groups, x: str):
         seeds = sorted(by_seed[baseline].keys() & by_seed[group].keys())
         if seeds and np.array_equal(xs[baseline], xs[group]):
             pairs[group] = seeds
-    title = f"Validation {label}" + over_seeds(groups, log=False)
-    figure, axes = canvas(groups, 2 if pairs else 1, 1, (4.8, 2.5), title, x, sharex=True)
+    figure, axes = canvas(groups, 2 if pairs else 1, 1, (4.8, 2.5), f"Validation {label}", x,
+                          log=False, sharex=True)
 
     def values(group: str, seeds) -> np.ndarray:
         return scale * series([by_seed[group][seed] for seed in seeds], name, x)[1]
@@ -322,9 +195,9 @@ def kappa(groups: Groups, x: str):
     from matplotlib.colors import to_rgb
     depths = {label: runs[0].config["n_layer"] for label, runs in groups.items()}
     count = max(depths.values())
-    title = "Condition number of head outputs" + over_seeds(groups, log=True)
     size = (2.0, 1.9) if len(groups) < 4 else (2.5, 2.4)
-    figure, axes = canvas(groups, count, tiling(count), size, title, x, sharex=True, sharey=True)
+    figure, axes = canvas(groups, count, min(count, 4), size, "Condition number of head outputs",
+                          x, log=True, sharex=True, sharey=True)
     for layer, ax in enumerate(axes):
         ax.set_title(f"layer {layer}")
         ax.set_yscale("log")
@@ -340,7 +213,7 @@ def kappa(groups: Groups, x: str):
                  fillstyle="none", **common)
     styles = line_styles(groups)
     if any(drawn.get_gid() == "infinite" for ax in axes for drawn in ax.lines):
-        styles["infinite (A: hollow)"] = "^"
+        styles["infinite (A: hollow)"] = INFINITE
     key(figure, groups, styles)
     figure.supylabel(r"$\kappa = \sigma_{\max} / \sigma_{\min}$", fontsize=9)
     return figure
@@ -360,8 +233,8 @@ def line_styles(groups: Groups) -> dict[str, str]:
 def training(groups: Groups, x: str):
     """Learning rate and gradient norm; one line where all runs have the same learning rate."""
     from matplotlib.ticker import LogLocator, NullFormatter
-    title = "Learning rate and gradient norm" + over_seeds(groups, log=True)
-    figure, (left, right) = canvas(groups, 2, 2, (3.3, 2.6), title, x)
+    figure, (left, right) = canvas(groups, 2, 2, (3.3, 2.6), "Learning rate and gradient norm",
+                                   x, log=True)
     rates = {label: series(runs, "learning_rate", x) for label, runs in groups.items()}
     spans = []
     same = len({rate.tobytes() for _, values in rates.values() for rate in values}) == 1
@@ -398,7 +271,7 @@ def spectrum(groups: Groups, values: dict[str, list[tuple[np.ndarray, float]]], 
         where = f"layer {layer % depths.pop()}"
     title = (f"Singular values of head outputs in {where}, best checkpoint:\n"
              "median and 10% to 90% of heads, samples and seeds")
-    figure, axes = canvas(groups, len(groups), tiling(len(groups)), (2.6, 2.5), title, "Index i",
+    figure, axes = canvas(groups, len(groups), min(len(groups), 4), (2.6, 2.5), title, "Index i",
                           sharex=True, sharey=True)
     for ax, colour, (label, runs) in zip(axes, COLOURS, groups.items()):
         ax.set_yscale("log")

@@ -3,11 +3,8 @@
 A job's folder carries a hash of its configuration, data files, thread count, torch version and
 code (comments and docstrings apart): results of different ones never mix.
 """
-import ast
 import dataclasses
 import fcntl
-import functools
-import hashlib
 import json
 import os
 import re
@@ -28,6 +25,7 @@ from engine.metrics import METRICS
 from engine.options import DATA, UserError
 from study import stats
 from study.arms import Arm
+from study.fingerprint import code_hash, content, hash_of
 from study.runs import SCRIPTS, Run, identity
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,10 +43,12 @@ class Job:
     seed: int
     words: list[str]
     folder: Path
-    steps: int
-    init_from: str
     identity: dict
     process: subprocess.Popen | None = None
+
+    @property
+    def steps(self) -> int:
+        return self.identity["config"]["max_iters"]
 
     def ended(self) -> bool:
         return (self.folder / "record.json").exists()
@@ -143,15 +143,16 @@ class Comparison:
                  if os.path.exists(values.get(key) or "")}
         mine = {"script": self.script, "config": values, "files": files,
                 "threads": self.config.threads, "torch": torch.__version__, "code": self.code}
-        digest = sha256(json.dumps([arm.name, mine], sort_keys=True))[:12]
         name = re.sub(r"[^A-Za-z0-9._=-]+", "_", arm.name)[:60]
-        folder = self.folder / "runs" / f"{name}-{seed}-{digest}"
-        return Job(arm.name, seed, words, folder, config.max_iters, values["init_from"], mine)
+        folder = self.folder / "runs" / f"{name}-{seed}-{hash_of([arm.name, mine])[:12]}"
+        return Job(arm.name, seed, words, folder, mine)
 
     def command(self, job: Job) -> list[str]:
-        begun = job.init_from == "scratch" or (job.folder / "ckpt.pt").exists()
+        start = job.identity["config"]["init_from"]
+        if start == "scratch" or (job.folder / "ckpt.pt").exists():
+            start = "auto"
         return [sys.executable, str(ROOT / self.script), *self.theirs, *job.words,
-                f"--out_dir={job.folder}", f"--init_from={'auto' if begun else job.init_from}"]
+                f"--out_dir={job.folder}", f"--init_from={start}"]
 
     def start(self, job: Job):
         if code_hash(ROOT / self.script) != self.code:
@@ -213,7 +214,7 @@ class Comparison:
                     progress.advance(step - done[job.folder], job)
                     done[job.folder] = step
                     if how:
-                        progress.say(job, how)
+                        progress.end(job, how)
         finally:
             for job in self.active:
                 job.process.terminate()
@@ -240,20 +241,20 @@ class Comparison:
                             "--out_dir") from None
         except OSError as e:
             raise UserError(f"cannot write to {self.folder}: {e.strerror}") from None
+        count = config.seeds  # of an arm's jobs
         trials = {}
         if self.tune:
+            count += config.tune_seeds * len(self.tune_values)
             seeds = range(TUNE_SEED, TUNE_SEED + config.tune_seeds)
             trials = {(arm.name, value): [self.job(arm, seed, value) for seed in seeds]
                       for arm in self.arms for value in self.tune_values}
-        tuning = by_seed(trials)
-        steps = [self.job(arm, config.first_seed, self.tune_values[0]).steps * config.seeds
-                 for arm in self.arms]
-        progress = Progress(sum(steps) + sum(job.steps for job in tuning),
-                            len(tuning) + len(self.arms) * config.seeds)
+        steps = sum(self.job(arm, config.first_seed, self.tune_values[0]).steps
+                    for arm in self.arms)
+        progress = Progress(count * steps, count * len(self.arms))
         before = {number: signal.signal(number, self.stop)
                   for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self.train(tuning, progress)
+            self.train(by_seed(trials), progress)
             jobs = {}
             for arm in self.arms:
                 if self.tune:
@@ -263,7 +264,7 @@ class Comparison:
                 arm.folders = [job.folder for job in jobs[arm.name]]
             self.train(by_seed(jobs), progress)
         finally:
-            progress.close()
+            progress.bar.close()
             self.lock.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -296,86 +297,30 @@ class Progress:
     """A bar over the steps of all jobs; where output is not a terminal, a line for each end."""
 
     def __init__(self, steps: int, jobs: int):
-        self.steps = steps
         self.jobs = jobs
-        self.kept = 0  # steps that an earlier command took
-        self.done = 0
         self.ended = 0
+        self.done = 0
         self.since = time.monotonic()
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=steps, unit="step", smoothing=0, dynamic_ncols=True)
+        # disable=None: without a terminal there is no bar.
+        self.bar = tqdm(total=steps, unit="step", smoothing=0, dynamic_ncols=True, disable=None)
 
     def keep(self, job: Job):
-        """Count what a job has already done; it says nothing about the speed."""
-        self.kept += job.step()
-        self.done += job.step()
+        """Leave out what an earlier command did: it says nothing about the speed."""
         self.ended += job.ended()
-        if self.bar is not None:
-            self.bar.initial = self.kept
-            self.bar.n = self.done
+        self.bar.total -= job.step()
 
     def advance(self, steps: int, job: Job):
         self.done += steps
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{job.arm}, seed {job.seed}", refresh=False)
-            self.bar.update(steps)
+        self.bar.set_postfix_str(f"{job.arm}, seed {job.seed}", refresh=False)
+        self.bar.update(steps)
 
-    def say(self, job: Job, how: str):
+    def end(self, job: Job, how: str):
         self.ended += 1
-        if self.bar is None:
-            rate = (self.done - self.kept) / (time.monotonic() - self.since)
-            left = ""
-            if rate:
-                seconds = (self.steps - self.done) / rate
-                left = f", about {tqdm.format_interval(seconds)} left"
-            print(f"{job.arm}, seed {job.seed}: {how} "
-                  f"({self.ended} of {self.jobs} runs{left})", flush=True)
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
-
-
-def code_hash(script: Path) -> str:
-    """Of the script and of every module of this project that it imports, directly or not."""
-    root = script.parent
-    pending = [script]
-    seen = {}
-    while pending:
-        path = pending.pop()
-        if path in seen:
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            names = []
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [alias.name for alias in node.names]
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{name}" for name in names)]
-            files = [root / (name.replace(".", "/") + ".py") for name in names]
-            pending += [file for file in files if file.exists()]
-            if (isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-                    and ast.get_docstring(node) is not None):
-                del node.body[0]
-        seen[path.relative_to(root).as_posix()] = ast.dump(tree)
-    return sha256(json.dumps(seen, sort_keys=True))
-
-
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-@functools.cache
-def content(path: str) -> str:
-    """A hash of what a file holds, or of a folder's files.
-
-    Of these it is their names, their sizes, and what models and annotations hold.
-    """
-    if os.path.isfile(path):
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-    files = sorted((p.relative_to(path).as_posix(),
-                    content(str(p)) if p.suffix in (".safetensors", ".json") else p.stat().st_size)
-                   for p in Path(path).rglob("*") if p.is_file())
-    return sha256(json.dumps(files))
+        if not self.bar.disable:
+            return
+        left = ""
+        if self.done:
+            seconds = (time.monotonic() - self.since) / self.done * (self.bar.total - self.done)
+            left = f", about {tqdm.format_interval(seconds)} left"
+        print(f"{job.arm}, seed {job.seed}: {how} ({self.ended} of {self.jobs} runs{left})",
+              flush=True)

@@ -84,14 +84,13 @@ def describe(group: list[Run], baseline: list[Run], metric: str) -> dict:
             arm |= {"test_accuracy": statistics.fmean(tests), "test_sd": spread(tests)}
     pairs = [(a, b) for a, b in zip(baseline, group) if not a.diverged and not b.diverged]
     hits = [reached(b, a.final) for a, b in pairs]
-    got = [hit for hit in hits if hit]
-    if 2 * len(got) > len(hits):
+    count = len(hits) - hits.count(None)
+    arm["reached_target"] = f"{count}/{len(hits)}"
+    if 2 * count > len(hits):
         # The median over the seeds, counting what was not reached as later than any.
-        late = [(math.inf, math.inf)] * (len(hits) - len(got))
-        steps, seconds = zip(*got, *late)
+        steps, seconds = zip(*(hit or (math.inf, math.inf) for hit in hits))
         arm["steps_to_target"] = statistics.median(steps)
         arm["seconds_to_target"] = statistics.median(seconds)
-    arm["reached_target"] = f"{len(got)}/{len(hits)}"
     if group is not baseline:
         arm |= pairing(group, baseline, metric)
     return arm
@@ -233,13 +232,16 @@ def layer_names(count: int) -> list[str]:
 def tuning(arms: list[Arm], tune: str, metric: str) -> list[str]:
     rows, edge = [], []
     values = list(arms[0].tuned)
-    numbers = sorted(filter(is_number, values), key=float)
+    try:
+        ends = min(values, key=float), max(values, key=float)
+    except ValueError:  # words have no end
+        ends = ()
     for arm in arms:
         rows.append([arm.name])
         for value, mean in arm.tuned.items():
             mark = "*" if value == arm.chosen else ""
             rows[-1].append("diverged" if mean is None else f"{mean:.4f}{mark}")
-        if arm.chosen in (*numbers[:1], *numbers[-1:]):
+        if arm.chosen in ends:
             edge.append(arm.name)
     lines = [f"Mean {metric} by {tune}, on other seeds; each arm has its best one (*):", "",
              *table(["arm", *values], rows)]
@@ -247,14 +249,6 @@ def tuning(arms: list[Arm], tune: str, metric: str) -> list[str]:
         lines += [f"The best {tune} of {', '.join(edge)} is at the end of the values tried: "
                   "a wider range may change the result.", ""]
     return lines
-
-
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def conclusion(name: str, arm: dict, baseline: str, metric: str) -> str:

@@ -146,23 +146,19 @@ def group(folders: list[Path], labels: str = "") -> dict[str, list[Path]]:
 
     labels: names for them, separated by commas, in order of appearance. Raises UserError.
     """
-    kinds = []  # (identity without the seed, its folders)
+    kinds = {}  # what its runs have in common, as JSON -> their folders
     for folder in folders:
-        mine = identity(Run.read(folder).config)
-        del mine["seed"]
-        same = next((members for kind, members in kinds if kind == mine), None)
-        if same is None:
-            same = []
-            kinds.append((mine, same))
-        same.append(folder)
+        common = identity(Run.read(folder).config) | {"seed": None}
+        kind = json.dumps(common, sort_keys=True)
+        kinds.setdefault(kind, []).append(folder)
     names = [name.strip() for name in labels.split(",")]
     if not labels:
-        names = name_kinds([kind for kind, _ in kinds])
+        names = name_kinds(list(map(json.loads, kinds)))
     if len(names) != len(kinds) or len(set(names)) != len(names):
-        firsts = ", ".join(str(members[0]) for _, members in kinds)
+        firsts = ", ".join(str(members[0]) for members in kinds.values())
         raise UserError(f"--labels={labels}: give {len(kinds)} different labels, "
                         f"for the groups of {firsts}")
-    return {name: members for name, (_, members) in zip(names, kinds)}
+    return dict(zip(names, kinds.values()))
 
 
 def name_kinds(kinds: list[dict]) -> list[str]:
@@ -179,9 +175,9 @@ def name_kinds(kinds: list[dict]) -> list[str]:
         return ", ".join(f"{key}={kind.get(key)}" for key in keys
                          if not (silent and key.startswith("precond_")))
     names = [name(kind, terse=True) or "precond=False" for kind in kinds]
-    if len(set(names)) < len(kinds):
-        names = [name(kind, terse=False) for kind in kinds]
-    return names
+    if len(set(names)) == len(kinds):
+        return names
+    return [name(kind, terse=False) for kind in kinds]
 
 
 def series(runs: list[Run], name: str, x: str, layer: int | None = None

@@ -85,6 +85,6 @@ def spectra(groups: Groups, layer: int) -> dict[str, list[tuple[np.ndarray, floa
 
 
 def matrices(heads: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
-    """(B, n_head, T, D), of which mask (B, T) marks the real tokens -> B * n_head of (tokens, D)."""
+    """(B, n_head, T, D) -> B * n_head of (tokens, D); mask (B, T) marks the real tokens."""
     samples = heads if mask is None else [x[:, real] for x, real in zip(heads, mask)]
     return [head for sample in samples for head in sample]

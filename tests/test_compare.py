@@ -12,7 +12,7 @@ import pytest
 
 import compare
 from engine import trainer
-from study import figures, launch, report, runs, stats
+from study import figures, fingerprint, launch, report, runs, stats
 from study.arms import make_arms
 from conftest import SMALL, error, read_metrics
 
@@ -203,7 +203,7 @@ def test_finished_runs_are_kept_and_others_never_mixed(study, tmp_path, monkeypa
     monkeypatch.setattr(launch, "code_hash", lambda script: "another code")
     study(*arguments)
     (tmp_path / "text.txt").write_text("another text")
-    launch.content.cache_clear()
+    fingerprint.content.cache_clear()
     study(*arguments)
     assert len(started) == len(set(started)) == 6 + 5 * 4
 
@@ -214,14 +214,14 @@ def test_the_code_that_a_run_imports(tmp_path):
                "data/far.py": "def f():\n    import last\n", "last.py": "y = 1\n", "unused.py": "z = 1\n"}
     for name, source in sources.items():
         (tmp_path / name).write_text(source)
-    before = launch.code_hash(tmp_path / "script.py")
+    before = fingerprint.code_hash(tmp_path / "script.py")
     (tmp_path / "unused.py").write_text("z = 2\n")
     (tmp_path / "near.py").write_text('"""New documentation."""\nx = 1  # a comment\n')
-    assert launch.code_hash(tmp_path / "script.py") == before
+    assert fingerprint.code_hash(tmp_path / "script.py") == before
     for name in ("near.py", "data/far.py", "last.py", "script.py"):
         (tmp_path / name).write_text(sources[name] + "new = 1\n")
-        assert launch.code_hash(tmp_path / "script.py") != before
-        before = launch.code_hash(tmp_path / "script.py")
+        assert fingerprint.code_hash(tmp_path / "script.py") != before
+        before = fingerprint.code_hash(tmp_path / "script.py")
 
 
 def test_code_that_changes_meanwhile_stops_the_comparison(study, monkeypatch):
@@ -309,7 +309,7 @@ def test_pretrained_weights_are_read_once(tmp_path):
 
 
 def test_grids_and_named_arms():
-    arms = make_arms([("vary", "a=1,2"), ("vary", "b=x,y"), ("arm", "both: c=3 --d='4 5'"), ("arm", "none:")])
+    arms = make_arms(["a=1,2", "b=x,y"], ["both: c=3 --d='4 5'", "none:"])
     assert [(arm.name, arm.words) for arm in arms] == [
         ("a=1 b=x", ["--a=1", "--b=x"]), ("a=1 b=y", ["--a=1", "--b=y"]), ("a=2 b=x", ["--a=2", "--b=x"]), ("a=2 b=y", ["--a=2", "--b=y"]),
         ("both", ["--c=3", "--d=4 5"]), ("none", [])]

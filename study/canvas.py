@@ -1,0 +1,127 @@
+"""What all figures share: colours, lines with bands, axes under a title, a key below them."""
+from pathlib import Path
+
+import numpy as np
+
+from study.runs import Groups
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
+           "#000000")  # Okabe and Ito 2008, without their yellow
+DARK = "#333333"
+STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
+         "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True,
+         "legend.frameon": False, "lines.linewidth": 1.5, "lines.markersize": 3.5,
+         "savefig.dpi": 200, "svg.hashsalt": "plot"}  # the salt makes equal figures equal files
+LETTER = 0.08  # the width of a letter in inches, with room to spare
+X_LABELS = {"step": "Training step", "tokens": "Training tokens",
+            "seconds": "Training time (s)"}
+SIZES = {"n_layer": "layers", "n_head": "heads", "n_embd": "width", "block_size": "context"}
+INFINITE = "^"  # the marker of a point that is off the axis
+
+
+def line(ax, xs: np.ndarray, values: np.ndarray, colour, log: bool = False, edge: float = 1.0,
+         **style) -> tuple[np.ndarray, np.ndarray]:
+    """Draw values (runs, n) as a line with a band; returns the band's edges.
+
+    Infinite points become triangles at `edge`, 1 being the top of the axes. Where a seed is
+    infinite there is no band.
+    """
+    if log:
+        middle, low, high = np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
+    else:
+        middle = values.mean(axis=0)
+        sd = values.std(axis=0, ddof=1) if len(values) > 1 else 0.0
+        low, high = middle - sd, middle + sd
+    if len(values) > 1:
+        ax.fill_between(xs, low, high, where=np.isfinite(high), color=colour, alpha=0.15,
+                        linewidth=0)
+    finite = np.isfinite(middle)
+    ax.plot(xs, np.where(finite, middle, np.nan), color=colour, **style)
+    if not finite.all():
+        ax.plot(xs[~finite], np.full((~finite).sum(), edge), color=colour, marker=INFINITE,
+                linestyle="none", markersize=5, clip_on=False, gid="infinite",
+                transform=ax.get_xaxis_transform(), fillstyle=style.get("fillstyle"))
+    return low, high
+
+
+def canvas(groups: Groups, count: int, columns: int, size: tuple[float, float], title: str,
+           x: str, log: bool | None = None, **shared):
+    """-> (figure, axes): `count` axes of `size` inches in `columns`.
+
+    The title says what is drawn, and of which model and data; with `log`, True or False, also
+    what `line` does with several seeds.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+    if log is not None:
+        title += over_seeds(groups, log)
+    said = f"{title}\n{subject(groups)}"
+    width = max(0.7 + size[0] * columns, LETTER * max(map(len, said.split("\n"))))
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width, 1.1 + size[1] * rows), layout="constrained")
+    figure.suptitle(said, fontsize=9)
+    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+    for ax in axes[count:]:
+        ax.remove()
+    for ax in axes[max(0, count - columns):count]:
+        ax.set_xlabel(X_LABELS.get(x, x))
+        ax.tick_params(labelbottom=True)
+        if x == "tokens":
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return figure, axes[:count]
+
+
+def key(figure, groups: Groups, styles: dict[str, str] | None = None):
+    """Say below the axes which colour is which group, and what styles {meaning: style} stand for.
+
+    A style is that of a line, or INFINITE.
+    """
+    from matplotlib.lines import Line2D
+    colours = [Line2D([], [], color=colour, label=label) for colour, label in zip(COLOURS, groups)]
+    widest = LETTER * (max(map(len, groups)) + 7)
+    figure.set_figwidth(max(figure.get_figwidth(), widest + (2.0 if styles else 0.0)))
+    columns = 1 if styles else min(len(groups), int(figure.get_figwidth() / widest))
+    rows = max(-(-len(groups) // columns), len(styles or ()))
+    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
+    if not styles:
+        figure.legend(handles=colours, ncols=columns, loc="outside lower center")
+        return
+    marks = [Line2D([], [], color=DARK, label=meaning, marker=style if style == INFINITE else "",
+                    linestyle="" if style == INFINITE else style)
+             for meaning, style in styles.items()]
+    figure.legend(handles=colours, loc="outside lower left")
+    figure.legend(handles=marks, loc="outside lower right")
+
+
+def subject(groups: Groups) -> str:
+    """What all runs have in common: data, attention, size."""
+    configs = [run.config for runs in groups.values() for run in runs]
+    same = {key: value for key, value in configs[0].items()
+            if all(config.get(key) == value for config in configs)}
+    parts = [same["task"] if "task" in same else Path(same["dataset"]).stem]
+    if "attention" in same:
+        parts.append(f"{same['attention']} attention")
+    return ", ".join(parts + [f"{SIZES[key]} {same[key]}" for key in SIZES if key in same])
+
+
+def over_seeds(groups: Groups, log: bool) -> str:
+    """The end of a title: what lines and bands are."""
+    counts = sorted({len(runs) for runs in groups.values()})
+    if counts == [1]:
+        return ""
+    shown = "median and range" if log else "mean and standard deviation"
+    return f": {shown} of {' or '.join(map(str, counts))} seeds"
+
+
+def focus(ax, spans: list[tuple[np.ndarray, np.ndarray, np.ndarray]], *also: float):
+    """Fit the y axis to the bands (x, low, high) and `also` after a tenth of the training.
+
+    What comes before would dwarf all that follows.
+    """
+    late = [xs >= 0.1 * xs[-1] for xs, _, _ in spans]
+    if min(sum(here) for here in late) > 3:
+        edges = list(also)
+        for (_, low, high), here in zip(spans, late):
+            edges += [*low[here], *high[here]]
+        margin = 0.05 * (max(edges) - min(edges)) or 1.0
+        ax.set_ylim(min(edges) - margin, max(edges) + margin)

@@ -1,0 +1,53 @@
+"""Hashes of what a result depends on: code and data files."""
+import ast
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from data.folders import sha256
+
+
+def code_hash(script: Path) -> str:
+    """Of the script and of every module of this project that it imports, directly or not."""
+    root = script.parent
+    pending = [script]
+    seen = {}
+    while pending:
+        path = pending.pop()
+        name = path.relative_to(root).as_posix()
+        if name in seen:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{part}" for part in names)]
+            files = [root / (module.replace(".", "/") + ".py") for module in names]
+            pending += [file for file in files if file.exists()]
+            if (isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+                    and ast.get_docstring(node) is not None):
+                del node.body[0]
+        seen[name] = ast.dump(tree)
+    return hash_of(seen)
+
+
+def hash_of(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def content(path: str) -> str:
+    """A hash of what a file holds, or of a folder's files.
+
+    Of these it is their names, their sizes, and what models and annotations hold.
+    """
+    if os.path.isfile(path):
+        return sha256(path)
+    files = sorted((p.relative_to(path).as_posix(),
+                    content(str(p)) if p.suffix in (".safetensors", ".json") else p.stat().st_size)
+                   for p in Path(path).rglob("*") if p.is_file())
+    return hash_of(files)
