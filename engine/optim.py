@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from engine.options import Options, at_least, in_range, one_of
+from engine.options import FIXED, Options, at_least, in_range, one_of
 
 
 def adamw(model: torch.nn.Module, config: "OptimConfig") -> torch.optim.Optimizer:
@@ -29,7 +29,7 @@ OPTIMIZERS = {"adamw": adamw}
 @dataclass
 class OptimConfig(Options):
     """How parameters are updated."""
-    optimizer: Annotated[str, "update rule", one_of(OPTIMIZERS)] = "adamw"
+    optimizer: Annotated[str, "update rule", FIXED, one_of(OPTIMIZERS)] = "adamw"
     max_iters: Annotated[int, "training steps", at_least(0)] = 2000
     learning_rate: Annotated[float, "peak learning rate", at_least(0)] = 3e-3
     lr_schedule: Annotated[Literal["cosine", "linear", "constant"],
