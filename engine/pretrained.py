@@ -126,13 +126,21 @@ def download(name: str) -> Path:
     except ImportError:
         raise UserError(f"downloading {name} needs huggingface_hub: "
                         "pip install -r requirements-extra.txt") from None
+    repository = HUB[name]
+    files = "model.safetensors", "config.json"
+    cached = [huggingface_hub.try_to_load_from_cache(repository, file) for file in files]
+    if all(isinstance(path, str) for path in cached):
+        return Path(cached[1]).parent
     try:
-        huggingface_hub.hf_hub_download(HUB[name], "model.safetensors")
-        return Path(huggingface_hub.hf_hub_download(HUB[name], "config.json")).parent
-    except OSError as error:  # every failure of the hub or of the disk is one
+        # Asked once: without a network hf_hub_download would try for half a minute.
+        url = huggingface_hub.hf_hub_url(repository, files[0])
+        huggingface_hub.get_hf_file_metadata(url, timeout=10)
+        paths = [huggingface_hub.hf_hub_download(repository, file) for file in files]
+        return Path(paths[1]).parent
+    except (OSError, huggingface_hub.errors.HTTPError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot download {HUB[name]} from the Hugging Face hub: {reason} Check "
-                        "the network, or download it elsewhere and give the folder instead of "
+        raise UserError(f"cannot download {repository} from the Hugging Face hub ({reason}): check "
+                        "the network and the disk, or download it elsewhere and give the folder instead of "
                         f"{name}") from None
 
 

@@ -4,6 +4,7 @@ What cannot be read says so in one line.
 """
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -216,11 +217,19 @@ def test_damaged_and_missing_files(folder, reference, tmp_path):
 
 
 def test_published_names_go_through_the_hub(folder, tmp_path, monkeypatch):
-    """Without a network: from huggingface_hub's cache if it is there, else one line."""
+    """Without a network: from huggingface_hub's cache if it is there, else one line, at once."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match="^cannot download openai-community/gpt2-medium[^\n]*$"):
+    line = "^cannot download openai-community/gpt2-medium[^\n]*$"
+    with pytest.raises(UserError, match=line):
         pretrained.read("gpt2-medium")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nothing answers there
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://127.0.0.1:9")
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=line):
+        pretrained.read("gpt2-medium")
+    assert time.perf_counter() - start < 5
     repository = tmp_path / "cache" / "models--openai-community--gpt2-medium"
     commit = "0" * 40
     (repository / "refs").mkdir(parents=True)
