@@ -23,6 +23,7 @@ from model import GPT, ModelConfig
 HUB = {name: f"openai-community/{name}"
        for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 VOCABULARY = 50257  # GPT-2's tokens
+LARGEST = 2**24  # of any size: far beyond all models
 SIZES = {"block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
          "vocab_size": "vocab_size"}
 # Parts of parameters' names, ours and theirs. Their linear layers begin with c_.
@@ -153,7 +154,7 @@ def read_json(path: Path) -> dict:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; a Hugging Face GPT-2 folder has "
                         "one") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): download or export the folder "
                         "again") from None
 
@@ -166,8 +167,8 @@ def read_preconditioner(config: dict, path: Path) -> dict:
     try:
         return {"precond": True, "precond_grad": bool(saved["grad"]),
                 "precond_eps": float(saved["eps"]), "precond_power": float(saved["power"])}
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: preconditioned_attention={saved!r} needs grad, eps and power: "
+    except (KeyError, OverflowError, TypeError, ValueError):
+        raise UserError(f"{path}: preconditioned_attention={str(saved)[:80]} needs grad, eps and power: "
                         "export the folder again") from None
 
 
@@ -179,8 +180,9 @@ def read_shapes(config: dict, path: Path) -> dict:
                             f"{key}={allowed[0]!r}: use another model")
     shapes = {ours: config.get(theirs) for ours, theirs in SIZES.items()}
     for key, size in shapes.items():
-        if type(size) is not int or size < 1:
-            raise UserError(f"{path}: {SIZES[key]}={size!r} must be a positive integer")
+        if type(size) is not int or not 1 <= size <= LARGEST:
+            raise UserError(f"{path}: {SIZES[key]}={repr(size)[:40]} must be a positive integer, "
+                            f"at most {LARGEST:,}")
     n_embd = shapes["n_embd"]
     if config.get("n_inner") not in (None, 4 * n_embd):
         raise UserError(f"{path}: n_inner={config['n_inner']}, but model.py computes "
@@ -236,6 +238,10 @@ def convert(tensors: dict[str, torch.Tensor], shapes: dict, folder: Path
             ) -> dict[str, torch.Tensor]:
     """Their names and layout -> those of model.GPT, checked against it tensor by tensor."""
     tensors = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+    layers = sum(name.endswith(".ln_1.weight") for name in tensors)
+    if shapes["n_layer"] > layers:  # before so many are made
+        raise UserError(f"{folder} has no tensor h.{layers}.ln_1.weight: it is incomplete or not "
+                        "a GPT-2")
     sizes = {key: value for key, value in shapes.items() if key != "vocab_size"}
     with torch.device("meta"):
         gpt = GPT(ModelConfig(**sizes), shapes["vocab_size"])

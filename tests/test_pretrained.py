@@ -153,6 +153,12 @@ def test_buffers_of_old_files_are_ignored(folder):
     (dict(n_layer="3"), "n_layer='3' must be a positive integer"),
     (dict(n_head=5), "n_head=5 does not divide n_embd=48"),
     (dict(n_layer=4), "no tensor h.3.ln_1.weight"),
+    (dict(n_layer=10**7), "no tensor h.3.ln_1.weight"),
+    (dict(n_layer=10**9), "n_layer=1000000000 must be a positive integer, at most 16,777,216"),
+    (dict(n_embd=10**20), "n_embd=100000000000000000000 must be a positive integer, at most"),
+    (dict(n_positions=True), "n_positions=True must be a positive integer"),
+    (dict(preconditioned_attention={"grad": 1, "eps": 10**400, "power": 1}), "needs grad, eps"),
+    (dict(preconditioned_attention=[1]), "needs grad, eps and power"),
     (dict(n_layer=2), "12 tensors that GPT-2 does not have, h.2.attn.c_attn.bias"),
     (dict(vocab_size=60), r"wte.weight is torch.float32 of shape \(61, 48\).*\(60, 48\)"),
 ])
@@ -206,6 +212,9 @@ def test_damaged_and_missing_files(folder, reference, tmp_path):
     (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps(elsewhere))
     with pytest.raises(UserError, match="no weight_map"):
         pretrained.read(str(tmp_path / "shards"))
+    config.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not valid JSON"):
+        pretrained.read(str(folder))
     config.write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         pretrained.read(str(folder))
