@@ -22,6 +22,9 @@ lets the runs save. Typing the same command again keeps what is finished and res
 stopped. The report is printed, and kept as compare.md and compare.json in out_dir. Needs
 requirements-extra.txt.
 """
+import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch is loaded)
+
+# isort: split
 import argparse
 import shlex
 import sys
@@ -72,8 +75,7 @@ def read(argv: list[str]) -> Comparison:
         raise UserError(f"{e.argument_name} needs a value; see --help") from None
     for word in theirs:
         if word.startswith("--"):
-            key = word[2:].partition("=")[0]
-            options.find(key, options.options(SCRIPTS[script].Config) | known)
+            options.find(word, options.options(SCRIPTS[script].Config) | known)
     ours = [f"--{name}={value}" for name in known for value in getattr(given, name)]
     config, _ = options.parse(Config, ours, __doc__)
     return Comparison(config, script, theirs, make_arms(given.vary, given.arm))

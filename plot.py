@@ -19,6 +19,9 @@ On linear axes the line is the mean over seeds, and the band one standard deviat
 denominator) to either side; on logarithmic axes they are the median and the range. Needs
 requirements-extra.txt.
 """
+import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch is loaded)
+
+# isort: split
 import sys
 from dataclasses import dataclass
 from pathlib import Path

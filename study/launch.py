@@ -4,7 +4,6 @@ A job's folder carries a hash of its configuration, data files, thread count, to
 code (comments and docstrings apart): results of different ones never mix.
 """
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from engine import options
 from engine.device import pick_device, pick_dtype
+from engine.lock import Lock
 from engine.metrics import METRICS
 from engine.options import DATA, UserError
 from study import stats
@@ -233,12 +233,7 @@ class Comparison:
         config = self.config
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "w")
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("another comparison, or a run that one left behind, is at work in "
-                            f"{self.folder}: wait for it, end it, or choose another "
-                            "--out_dir") from None
+            self.lock = Lock(self.folder / "lock", str(self.folder))
         except OSError as e:
             raise UserError(f"cannot write to {self.folder}: {e.strerror}") from None
         count = config.seeds  # of an arm's jobs
@@ -265,7 +260,7 @@ class Comparison:
             self.train(by_seed(jobs), progress)
         finally:
             progress.bar.close()
-            self.lock.close()
+            self.lock.release()
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -268,7 +268,7 @@ def test_one_comparison_at_a_time_in_a_folder(study, tmp_path):
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "is at work in" in error(study("--vary", "precond=False,True")[0])
+        assert "is in use by" in error(study("--vary", "precond=False,True")[0])
 
 
 def test_two_spellings_of_one_value_are_one_run(study, tmp_path):
