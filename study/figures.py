@@ -182,8 +182,11 @@ def difference(groups: Groups, differences: dict[str, list[float]]):
         pair = stats.paired(values)
         ax.plot(values, np.full(len(values), row), color=colours[group], marker="o",
                 linestyle="none", alpha=0.3)
-        ax.errorbar(pair.mean, row, xerr=[[pair.mean - pair.low], [pair.high - pair.mean]],
-                    color=colours[group], marker="D", markersize=5, capsize=4)
+        ends = None  # without a spread there is no interval
+        if pair.low is not None:
+            ends = [[pair.mean - pair.low], [pair.high - pair.mean]]
+        ax.errorbar(pair.mean, row, xerr=ends, color=colours[group], marker="D", markersize=5,
+                    capsize=4)
     ax.set_yticks(range(len(differences)), [textwrap.fill(group, 30) for group in differences])
     ax.set_ylim(len(differences) - 0.5, -0.5)
     ax.grid(False, axis="y")

@@ -123,7 +123,8 @@ def pairing(group: list[Run], other: list[Run], metric: str) -> dict:
     if any(run.diverged for run in group + other):
         return {}
     differences = [b.final - a.final for a, b in zip(other, group)]
-    result = {"paired": asdict(stats.paired(differences)), "differences": differences,
+    scale = max(abs(run.final) for run in group + other)
+    result = {"paired": asdict(stats.paired(differences, scale)), "differences": differences,
               "wins": sum(d != 0 and is_better(metric, d, 0) for d in differences)}
     if all(run.test is not None for run in group + other):
         tests = [b.test - a.test for a, b in zip(other, group)]
@@ -132,11 +133,11 @@ def pairing(group: list[Run], other: list[Run], metric: str) -> dict:
 
 
 def correct(arms):
-    """Add Holm's p values to those that have a pairing, and the seeds that a difference needs.
+    """Add Holm's p values to the pairs that were tested, and the seeds that a difference needs.
 
     These are as many as show it among as many comparisons.
     """
-    compared = [arm["paired"] for arm in arms if "paired" in arm]
+    compared = [arm["paired"] for arm in arms if "paired" in arm and arm["paired"]["p"] is not None]
     for pair, p in zip(compared, stats.holm([pair["p"] for pair in compared])):
         alpha = 0.05 / len(compared)
         pair["p_holm"] = p
@@ -259,8 +260,13 @@ def conclusion(name: str, arm: dict, baseline: str, metric: str) -> str:
     pair = arm.get("paired")
     if not pair:
         return f"{name} cannot be compared: {baseline} diverged on some seeds."
-    if pair["sd"] == 0 and pair["mean"] == 0:
-        return f"{name} has exactly the {metric} of {baseline} on all {pair['n']} seeds."
+    if pair["p"] is None:
+        return (f"{name} differs from {baseline} by {pair['mean']:+.4f} on each of {pair['n']} "
+                "seeds: without a spread that cannot be tested. Take more seeds, or more samples "
+                f"to evaluate on where {metric} has few values.")
+    if pair["low"] == pair["high"]:
+        exactly = "exactly" if pair["sd"] == 0 else "but for rounding"
+        return f"{name} has {exactly} the {metric} of {baseline} on all {pair['n']} seeds."
     if pair["p_holm"] < 0.05:
         than = "better" if is_better(metric, pair["mean"], 0) else "worse"
         mean, low_high = interval(pair)
@@ -275,6 +281,9 @@ def conclusion(name: str, arm: dict, baseline: str, metric: str) -> str:
 
 
 def interval(pair: dict) -> list[str]:
+    """The difference and its interval."""
+    if pair["low"] is None:
+        return [f"{pair['mean']:+.4f}", "no spread"]
     return [f"{pair['mean']:+.4f}", f"{pair['low']:+.4f} to {pair['high']:+.4f}"]
 
 
@@ -283,7 +292,7 @@ def difference(arm: dict) -> list[str]:
     if "paired" not in arm:
         return [""] * len(DIFFERENCE)
     pair = arm["paired"]
-    return [*interval(pair), f"{arm['wins']}/{pair['n']}", f"{pair['p_holm']:.2g}"]
+    return [*interval(pair), f"{arm['wins']}/{pair['n']}", number(pair.get("p_holm"), ".2g")]
 
 
 def number(value: float | None, form: str) -> str:

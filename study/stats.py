@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from engine.options import UserError
 
+ROUNDING = 2.0**-23  # of float32, in which models are trained and evaluated
+
 
 def scipy_stats():
     """The module with Student's t. Raises UserError where scipy is missing."""
@@ -18,25 +20,32 @@ def scipy_stats():
 
 @dataclass
 class Paired:
-    """Differences of pairs: mean, standard deviation, 95% interval, two-sided p of the t test."""
+    """Differences of pairs: mean, standard deviation, 95% interval, two-sided p of the t test.
+
+    Equal differences have no spread, so that they say nothing about another pair's: no interval,
+    no p. Where they are zero, both are there for what they are worth: zero, and 1.
+    """
     n: int
     mean: float
     sd: float
-    low: float
-    high: float
-    p: float
+    low: float | None
+    high: float | None
+    p: float | None
 
 
-def paired(differences: list[float]) -> Paired:
-    """At least two differences.
+def paired(differences: list[float], scale: float = 0.0) -> Paired:
+    """At least two differences, of values of about the size `scale`, which says what rounding is.
 
-    Where all are equal the interval has no width, and p is 1 at zero and 0 elsewhere.
+    Without it that is judged by the differences.
     """
     n = len(differences)
     mean = statistics.fmean(differences)
     sd = statistics.stdev(differences)
-    if sd == 0:
-        return Paired(n, mean, 0.0, mean, mean, float(mean == 0))
+    rounding = ROUNDING * max(scale, *map(abs, differences))
+    if sd <= rounding:
+        if abs(mean) <= rounding:
+            return Paired(n, mean, sd, mean, mean, 1.0)
+        return Paired(n, mean, sd, None, None, None)
     test = scipy_stats().ttest_1samp(differences, 0)
     low, high = map(float, test.confidence_interval(0.95))
     return Paired(n, mean, sd, low, high, float(test.pvalue))

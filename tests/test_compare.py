@@ -160,8 +160,23 @@ def test_higher_accuracy_is_better(study, fake):
     assert "0.0010" not in out and "2.0240*" in out  # the higher mean of the two is chosen, where the rate is wrong by 0.009
 
 
+def test_differences_without_a_spread_are_not_tested(study):
+    """The rate adds 1 to all losses where it is 1.001."""
+    vary = ["--vary", "learning_rate=1e-3,1.001", "--seeds=2"]
+    (code, out, _), result = study(*vary)
+    arm = result["arms"]["learning_rate=1.001"]
+    assert code == 0 and arm["paired"]["p"] is None and arm["wins"] == 0
+    assert "p_holm" not in arm["paired"] and arm["paired"]["mean"] == pytest.approx(1)
+    assert "differs from learning_rate=1e-3 by +1.0000 on each of 2 seeds: without a spread" in out
+    assert "worse" not in out and "| no spread" in out
+    # It takes no part in the correction of the others.
+    (_, out, _), result = study(*vary, "--arm", "half: precond_power=0.5")
+    half = result["arms"]["half"]["paired"]
+    assert half["p_holm"] == half["p"] and "without a spread" in out
+
+
 def test_arms_that_cannot_be_told_apart(tmp_path):
-    arm = {"diverged": {}, "seeds": [1, 2, 3], "paired": {"n": 3, "mean": 0.01, "sd": 0.02, "low": -0.04, "high": 0.06, "p_holm": 0.4,
+    arm = {"diverged": {}, "seeds": [1, 2, 3], "paired": {"n": 3, "mean": 0.01, "sd": 0.02, "low": -0.04, "high": 0.06, "p": 0.4, "p_holm": 0.4,
                                                          "seeds_needed": 34}}
     said = report.conclusion("on", arm, "off", "val_loss")
     assert "cannot be told apart with 3 seeds" in said and "about 34 seeds" in said

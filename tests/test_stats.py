@@ -21,7 +21,12 @@ def test_paired_is_scipys(scipy_stats, n):
 def test_equal_differences():
     same = stats.paired([0.0, 0.0, 0.0])
     assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
-    assert stats.paired([0.5, 0.5]).p == 0
+    for differences in [0.5, 0.5], [0.05, 0.8 - 0.75], [1.0, 1.0 + 1e-9]:
+        pair = stats.paired(differences)
+        assert pair.mean == pytest.approx(differences[0]) and pair.p is pair.low is pair.high is None
+    assert stats.paired([1e-8, -2e-8]).p < 1  # by themselves they have a spread
+    assert stats.paired([1e-8, -2e-8], scale=2.0).p == 1  # but it is rounding, of losses near 2
+    assert stats.paired([0.5, 0.5 + 1e-5]).p < 1e-4
 
 
 def test_interval_covers_and_effects_are_found():
