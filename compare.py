@@ -33,10 +33,10 @@ from typing import Annotated
 
 from engine import options
 from engine.options import UserError, at_least
-from study import figures, report
+from study import figures, report, runs
 from study.arms import make_arms
 from study.launch import TUNE_SEED, Comparison, Stopped
-from study.runs import SCRIPTS, Run
+from study.runs import SCRIPTS
 
 
 @dataclass
@@ -91,15 +91,11 @@ def main():
         sys.exit(128 + comparison.signal)
     command = shlex.join(["python", "compare.py", *sys.argv[1:]])
     print(report.write(comparison.folder, comparison.arms, command, comparison.tune))
-    # What diverged has no end that could be drawn beside the others'.
-    drawn = {}
-    for arm in comparison.arms:
-        if folders := [f for f in arm.folders if not Run.read_ended(f).diverged]:
-            drawn[arm.name] = folders
     try:
-        for path in figures.draw(drawn, comparison.folder):
+        for path in figures.draw(runs.compared(comparison.folder), comparison.folder):
             if path.suffix == ".png":
                 print(path)
+        print(f"and as SVG. To draw them anew: python plot.py {shlex.quote(str(comparison.folder))}")
     except UserError as e:
         print(f"no figures: {e}")
 

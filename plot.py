@@ -1,7 +1,8 @@
 """Draw runs as figures for a paper, each as PNG and SVG.
 
+    python plot.py out                                         # one run -> out/figures/
     python plot.py out out-on                                  # two runs -> figures/
-    python plot.py out-compare/runs/* --out=out-compare        # seeds become a line with a band
+    python plot.py out-compare --x=tokens                      # what compare.py has compared
     python plot.py out out-on --x=tokens --labels=softmax,preconditioned --layer=0
 
 Runs that differ only in their seed are one group, with one colour.
@@ -36,7 +37,8 @@ from study import figures, runs
 class Config(options.Options):
     x: Annotated[Literal["step", "tokens", "seconds"],
                  "the horizontal axis; seconds are those of training alone"] = "step"
-    out: Annotated[str, "folder for the figures"] = "figures"
+    out: Annotated[str, "folder for the figures; empty: in that of the run or comparison, for "
+                        "several runs figures/"] = ""
     layer: Annotated[int, "layer of the spectrum, 0 is the first; -1: the last",
                      at_least(-1)] = -1
     labels: Annotated[str, "names of the groups, separated by commas; empty: the options in which "
@@ -54,8 +56,15 @@ def main():
     if not folders:
         raise UserError("name the folder of at least one run: python plot.py RUN [RUN ...]; "
                         "see --help")
-    groups = runs.group([Path(folder) for folder in folders], config.labels)
-    for path in figures.draw(groups, Path(config.out), config.x, config.layer):
+    first, *others = map(Path, folders)
+    groups = runs.group([first, *others], config.labels)
+    out = Path("figures")
+    if config.out:
+        out = Path(config.out)
+    elif not others:
+        out = first if runs.compared(first) else first / out
+    figures.check_folder(groups, out)
+    for path in figures.draw(groups, out, config.x, config.layer):
         print(path)
 
 

@@ -21,7 +21,7 @@ INFINITE = "^"  # the marker of a point that is off the axis
 
 def line(ax, xs: np.ndarray, values: np.ndarray, colour, log: bool = False, edge: float = 1.0,
          **style) -> tuple[np.ndarray, np.ndarray]:
-    """Draw values (runs, n) as a line with a band; returns the band's edges.
+    """Draw values (runs, n) as a line with a band, or one point; returns the band's edges.
 
     Infinite points become triangles at `edge`, 1 being the top of the axes. Where a seed is
     infinite there is no band.
@@ -35,6 +35,9 @@ def line(ax, xs: np.ndarray, values: np.ndarray, colour, log: bool = False, edge
     if len(values) > 1:
         ax.fill_between(xs, low, high, where=np.isfinite(high), color=colour, alpha=0.15,
                         linewidth=0)
+    if len(xs) == 1:  # line and band would be invisible
+        style = {"marker": "o"} | style
+        ax.vlines(xs, low, high, color=colour)
     finite = np.isfinite(middle)
     ax.plot(xs, np.where(finite, middle, np.nan), color=colour, **style)
     if not finite.all():

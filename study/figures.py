@@ -8,11 +8,25 @@ from engine.metrics import METRICS
 from engine.options import DATA, DataError, UserError, marked
 from study import stats
 from study.canvas import COLOURS, DARK, INFINITE, LETTER, STYLE, canvas, focus, key, line
+from study.fingerprint import hash_of
 from study.runs import Groups, Run, script_of, series
 from study.spectra import spectra
 
 # Line styles of A, of C A, and of the C A that a run without C could have.
 BEFORE, AFTER, WOULD_BE = "--", "-", ":"
+
+
+def owner(groups: dict[str, list[Path]]) -> str:
+    """What identifies the runs in the metadata of their figures."""
+    return hash_of(sorted(str(path.resolve()) for paths in groups.values() for path in paths))
+
+
+def check_folder(groups: dict[str, list[Path]], out: Path):
+    """Raises UserError where `out` holds the figures of other runs."""
+    there = out / "validation.svg"
+    if there.exists() and owner(groups) not in there.read_text(encoding="utf-8"):
+        raise UserError(f"{out} holds figures of other runs: choose another folder with "
+                        f"--out=NAME, or remove them")
 
 
 def draw(groups: dict[str, list[Path]], out: Path, x: str = "step", layer: int = -1) -> list[Path]:
@@ -43,7 +57,8 @@ def draw(groups: dict[str, list[Path]], out: Path, x: str = "step", layer: int =
         try:
             out.mkdir(parents=True, exist_ok=True)
             for name, figure in figures.items():
-                for kind, metadata in ("png", None), ("svg", {"Date": None}):
+                svg = {"Date": None, "Identifier": owner(groups)}
+                for kind, metadata in ("png", None), ("svg", svg):
                     path = out / f"{name}.{kind}"
                     figure.savefig(path, metadata=metadata)
                     written.append(path)
@@ -278,19 +293,19 @@ def spectrum(groups: Groups, values: dict[str, list[tuple[np.ndarray, float]]], 
                           sharex=True, sharey=True)
     for ax, colour, (label, runs) in zip(axes, COLOURS, groups.items()):
         ax.set_yscale("log")
-        said = label if applied(runs) else f"{label} (C not applied)"
-        ax.set_title(textwrap.fill(said, int(2.6 / LETTER)))
-        looks = ("A", BEFORE, DARK), ("C A", AFTER if applied(runs) else WOULD_BE, colour)
-        for (s, median), (name, style, shade) in zip(values[label], looks):
+        kappas = []
+        looks = (BEFORE, DARK), (AFTER if applied(runs) else WOULD_BE, colour)
+        for (s, median), (style, shade) in zip(values[label], looks):
             index = np.arange(1, s.shape[1] + 1)
             low, middle, high = np.quantile(s, (0.1, 0.5, 0.9), axis=0)
             ax.fill_between(index, low, high, color=shade, alpha=0.15, linewidth=0)
-            digits = f"{float(f'{median:.3g}'):,.10g}" if np.isfinite(median) else r"$\infty$"
-            ax.plot(index, middle, color=shade, linestyle=style,
-                    label=rf"{name}, median $\kappa$ = {digits}")
-        ax.legend(loc="upper right")
+            ax.plot(index, middle, color=shade, linestyle=style)
+            finite = np.isfinite(median)
+            kappas.append(f"{float(f'{median:.3g}'):,.10g}" if finite else r"$\infty$")
+        said = textwrap.fill(label, int(2.6 / LETTER))
+        ax.set_title(f"{said}\nmedian $\\kappa$: A {kappas[0]}, C A {kappas[1]}")
     smallest = min(s.min() for pair in values.values() for s, _ in pair)
-    bottom = max(smallest / 1.5, 2.0**-24)  # float32's resolution
-    axes[0].set_ylim(bottom, bottom**-0.35)  # above 1 there is room for the legend
+    axes[0].set_ylim(max(smallest / 1.5, 2.0**-24), 1.5)  # float32's resolution
+    key(figure, groups, line_styles(groups))
     figure.supylabel(r"$\sigma_i / \sigma_1$", fontsize=9)
     return figure

@@ -32,7 +32,10 @@ def write(folder: Path, arms: list[Arm], command: str, tune: str) -> str:
     text = "\n".join(lines)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.md").write_text(text, encoding="utf-8")
-    numbers = json.dumps({"command": command, "tuned": tuned, **summary}, indent=1)
+    runs = {arm.name: [path.name for path in arm.folders if not Run.read_ended(path).diverged]
+            for arm in arms}
+    runs = {name: names for name, names in runs.items() if names}
+    numbers = json.dumps({"command": command, "runs": runs, "tuned": tuned, **summary}, indent=1)
     (folder / "compare.json").write_text(numbers + "\n")
     return text
 

@@ -47,7 +47,7 @@ class Run:
         except OSError as e:
             hint = ""
             if (folder / "runs").is_dir():
-                hint = f". It holds a comparison: draw {folder / 'runs' / '*'}"
+                hint = f". It holds a comparison without a report: draw {folder / 'runs' / '*'}"
             raise UserError(f"{folder} is not the folder of a run: "
                             f"{e.filename}: {e.strerror}{hint}") from None
         except ValueError as e:
@@ -141,19 +141,30 @@ def identity(config: dict) -> dict:
     return decisive
 
 
+def compared(folder: Path) -> dict[str, list[Path]]:
+    """The runs in a comparison's report that did not diverge, by arm; empty without a report."""
+    try:
+        arms = json.loads((folder / "compare.json").read_text())["runs"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    return {arm: [folder / "runs" / name for name in names] for arm, names in arms.items()}
+
+
 def group(folders: list[Path], labels: str = "") -> dict[str, list[Path]]:
     """Label -> folders of the runs that differ only in their seed and in what changes no result.
 
-    labels: names for them, separated by commas, in order of appearance. Raises UserError.
+    A comparison's folder alone stands for the arms in its report. labels: names for the groups,
+    separated by commas, in order of appearance. Raises UserError.
     """
-    kinds = {}  # what its runs have in common, as JSON -> their folders
-    for folder in folders:
-        common = identity(Run.read(folder).config) | {"seed": None}
-        kind = json.dumps(common, sort_keys=True)
-        kinds.setdefault(kind, []).append(folder)
-    names = [name.strip() for name in labels.split(",")]
-    if not labels:
-        names = name_kinds(list(map(json.loads, kinds)))
+    kinds = compared(folders[0]) if len(folders) == 1 else {}
+    names = list(kinds)
+    if not kinds:
+        for folder in folders:
+            common = identity(Run.read(folder).config) | {"seed": None}
+            kinds.setdefault(json.dumps(common, sort_keys=True), []).append(folder)
+        names = name_kinds([json.loads(kind) for kind in kinds])
+    if labels:
+        names = [name.strip() for name in labels.split(",")]
     if len(names) != len(kinds) or len(set(names)) != len(names):
         firsts = ", ".join(str(members[0]) for members in kinds.values())
         raise UserError(f"--labels={labels}: give {len(kinds)} different labels, "

@@ -391,6 +391,8 @@ def test_figures_are_drawn_or_said_to_be_missing(study, tmp_path, monkeypatch):
     (_, out, _), _ = study("--vary", "precond_power=0,8", "--seeds=2")
     (groups, where), = drawn
     assert where == tmp_path / "out" and [len(g) for g in groups.values()] == [2, 1] and "validation.png" in out
+    assert f"To draw them anew: python plot.py {where}" in out and groups == runs.compared(where)
+    assert [path.parent for path in groups["precond_power=8"]] == [where / "runs"]
 
     def missing(groups, out):
         raise compare.UserError("figures need matplotlib: pip install -r requirements-extra.txt")

@@ -218,6 +218,9 @@ def test_spectrum_agrees_with_the_kappa_that_training_measured(lm, layer):
     for ax, values in zip(figure.axes, found.values(), strict=True):
         for drawn, (s, _) in zip(ax.lines, values, strict=True):
             assert np.allclose(drawn.get_ydata(), np.median(s, axis=0))
+        lowest = min(s.min() for s, _ in values)
+        assert ax.get_ylim()[0] < lowest and ax.get_ylim()[1] < 2  # no decade without a value
+        assert f"C A {float(f'{values[1][1]:.3g}'):,.10g}" in ax.get_title()
 
 
 @pytest.mark.parametrize("task", ["classify", "detect", "segment"])
@@ -285,6 +288,44 @@ def test_spectrum_is_left_out_where_its_sources_are_gone(lm, tmp_path, capsys):
     assert capsys.readouterr().out == f"no spectrum: {folder} holds no checkpoint\n"
 
 
+def test_one_record_is_a_point(tmp_path):
+    """Only the last step has a gradient norm and a learning rate."""
+    runs = read({"off": [invent(tmp_path / "1", steps=(0, 9))],
+                 "on": [invent(tmp_path / "2", steps=(0, 9), precond=True, learning_rate=0.02)]})
+    for ax in figures.training(runs, "step").axes:
+        for drawn in ax.lines[:2]:
+            assert list(drawn.get_xdata()) == [9] and drawn.get_marker() == "o"
+
+
+def test_figures_of_other_runs_are_kept(tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = invent(tmp_path / "one"), invent(tmp_path / "two", seed=2)
+    for run in one, two:  # a run has a folder of its own for them
+        assert f"{run}/figures/validation.svg" in call(plot, run)[1]
+    assert call(plot, one)[0] == call(plot, one, two)[0] == 0
+    assert (tmp_path / "figures" / "kappa.svg").exists()
+    before = (tmp_path / "figures" / "validation.svg").read_bytes()
+    for arguments in ([one, "--out=figures"], [one, two, invent(tmp_path / "three", seed=3)]):
+        assert "figures holds figures of other runs: choose" in error(call(plot, *arguments))
+    assert (tmp_path / "figures" / "validation.svg").read_bytes() == before
+    assert call(plot, two, one, "--x=tokens")[0] == 0  # the same runs
+    assert (tmp_path / "figures" / "validation.svg").read_bytes() != before
+
+
+def test_a_comparison_is_what_its_report_compares(tmp_path, call):
+    """Of two comparisons in one folder the last has the report. The other's runs end elsewhere."""
+    runs = {"off": ["off-1", "off-2"], "on": ["on-1"]}
+    for name in "off-1", "off-2", "on-1":
+        invent(tmp_path / "runs" / name, seed=int(name[-1]), precond=name[:2] == "on")
+    invent(tmp_path / "runs" / "older", steps=(0, 10), dataset="other.txt")
+    (tmp_path / "compare.json").write_text(json.dumps({"runs": runs}))
+    folders = {arm: [tmp_path / "runs" / name for name in names] for arm, names in runs.items()}
+    assert group([tmp_path]) == folders and group([tmp_path], "a,b") == {
+        "a": folders["off"], "b": folders["on"]}
+    code, out, _ = call(plot, tmp_path, "--x=tokens")
+    assert code == 0 and f"{tmp_path}/validation.png" in out.splitlines()
+
+
 def test_a_line_that_is_being_written_is_left_alone(tmp_path):
     run = invent(tmp_path / "run")
     with open(run / "metrics.jsonl", "a") as file:
@@ -296,7 +337,8 @@ def test_folders_that_hold_no_run(tmp_path, call):
     run = invent(tmp_path / "run")
     assert "metrics.jsonl: No such file" in error(call(plot, run, tmp_path))
     invent(tmp_path / "comparison" / "runs" / "one")
-    assert f"It holds a comparison: draw {tmp_path / 'comparison' / 'runs'}/*" in error(call(plot, tmp_path / "comparison"))
+    hint = f"It holds a comparison without a report: draw {tmp_path / 'comparison' / 'runs'}/*"
+    assert hint in error(call(plot, tmp_path / "comparison"))
     for content, said in ("", "nothing to draw yet"), ("{}\nnonsense\n", "line 2 is damaged"), (b"\xff".decode("latin-1"), "damaged"):
         (run / "metrics.jsonl").write_text(content, encoding="latin-1")
         assert said in error(call(plot, run))
