@@ -32,7 +32,7 @@ if not __package__:  # run as a script: the project's root is not on the path th
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import listops
 from data.archives import DAMAGED, find
-from data.folders import ensure, read_meta
+from data.folders import check, checksums, ensure, read_meta
 from data.lra_sources import SPLITS, TASKS, samples
 from engine.options import DataError
 
@@ -109,20 +109,12 @@ def _fill(work: Path, parameters: dict, folder: Path, source) -> dict:
     except DAMAGED as error:
         raise DataError(f"{path} is not a complete archive ({error}): download it again") from None
 
-    splits = {split: Split(work, split) for split in SPLITS}
-    train = splits["train"]
-    baselines = {"majority": {split: listops.majority_baseline(train.labels, splits[split].labels)
-                              for split in ("val", "test")}}
-    if task == "listops":
-        baselines["root"] = {split: listops.root_baseline(train.arrays, splits[split].arrays)
-                             for split in ("val", "test")}
-    meta = {**parameters, "classes": spec.classes, "vocab_size": spec.vocab_size,
-            "towers": spec.towers, "made": f"read from {path}" if path else "generated",
-            "baselines": baselines,
-            "counts": {split: len(data) for split, data in splits.items()},
+    meta = {**parameters, "made": f"read from {path}" if path else "generated",
+            **_facts(task, {split: Split(work, split) for split in SPLITS}),
             "cut": {split: writer.cut for split, writer in writers.items()},
             "skipped": {split: writer.skipped for split, writer in writers.items()},
-            "sizes": {file.name: file.stat().st_size for file in sorted(work.glob("*.npy"))}}
+            "sizes": {file.name: file.stat().st_size for file in sorted(work.glob("*.npy"))},
+            **checksums(work)}
     print(f"prepared {task}: "
           + ", ".join(f"{count:,} {split}" for split, count in meta["counts"].items())
           + f"; {sum(meta['cut'].values()):,} longer than block_size={meta['block_size']} and cut, "
@@ -188,23 +180,47 @@ def _write_header(file: BinaryIO, count: int):
         file, {"descr": "|u1", "fortran_order": False, "shape": (count,)})
 
 
+def _facts(task: str, splits: dict[str, "Split"]) -> dict:
+    """What meta.json says that follows from the task and the arrays."""
+    spec = TASKS[task]
+    train = splits["train"]
+    baselines = {"majority": {split: listops.majority_baseline(train.labels, splits[split].labels)
+                              for split in ("val", "test")}}
+    if task == "listops":
+        baselines["root"] = {split: listops.root_baseline(train.arrays, splits[split].arrays)
+                             for split in ("val", "test")}
+    return {"classes": spec.classes, "vocab_size": spec.vocab_size, "towers": spec.towers,
+            "baselines": baselines, "counts": {split: len(data) for split, data in splits.items()}}
+
+
 def load(folder: str | Path) -> tuple[dict, dict[str, "Split"]]:
     """(meta.json, {"train": Split, "val": Split, "test": Split}) of a prepared folder.
 
-    Raises DataError where files are missing or cut off.
+    Its files are compared with their checksums; see data/folders.py for large ones. Raises
+    DataError where a file is missing, cut off or another, or does not agree with meta.json.
     """
     folder = Path(folder)
     meta = read_meta(folder)
     try:
-        sizes = meta["sizes"].items()
-        wrong = [name for name, size in sizes if (folder / name).stat().st_size != size]
-    except (OSError, KeyError) as error:
+        for name, size in meta["sizes"].items():
+            if (folder / name).stat().st_size != size:
+                raise DataError(f"{folder / name} has not the size it was written with: delete the "
+                                "folder and prepare it again")
+        if "sha256" in meta:  # earlier versions kept none
+            check(folder, meta)
+        spec = TASKS[meta["task"]]
+        splits = {split: Split(folder, split) for split in SPLITS}
+        for split in splits.values():
+            split.check(spec.classes, spec.vocab_size, spec.towers, meta["block_size"])
+        for name, fact in _facts(meta["task"], splits).items():
+            if meta[name] != fact:
+                raise ValueError(f"{name} in meta.json is not {fact}")
+        if any(type(meta["cut"][split]) is not int for split in SPLITS):
+            raise TypeError("cut in meta.json is no number for each split")
+    except (OSError, EOFError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder} is not a prepared folder ({error}): delete it and prepare it "
                         "again") from None
-    if wrong:
-        raise DataError(f"{folder / wrong[0]} has not the size it was written with: delete the "
-                        "folder and prepare it again")
-    return meta, {split: Split(folder, split) for split in SPLITS}
+    return meta, splits
 
 
 class Split:
@@ -220,6 +236,19 @@ class Split:
             tokens = np.asarray(np.load(path, mmap_mode="r"))  # a plain array is faster to slice
             offsets = np.load(path.with_name(path.name.replace("_tokens", "_offsets")))
             self._sequences.append((tokens, offsets))
+
+    def check(self, classes: int, vocab_size: int, towers: int, block_size: int):
+        """Raises ValueError where the arrays are not as `prepare` writes them."""
+        if len(self._sequences) != towers:
+            raise ValueError(f"{len(self._sequences)} arrays of tokens, expected {towers}")
+        _expect("labels", self.labels, np.uint8, 0, classes - 1)
+        for tokens, offsets in self._sequences:
+            # in a vocabulary of 256 there is every byte, and gigabytes need not be read
+            some = tokens if vocab_size < 256 else tokens[:1]
+            _expect("tokens", some, np.uint8, 0, vocab_size - 1)
+            _expect("lengths", np.diff(offsets), np.int64, 1, block_size)
+            if (len(offsets), offsets[0], offsets[-1]) != (len(self) + 1, 0, len(tokens)):
+                raise ValueError("offsets that do not fit tokens and labels")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -248,6 +277,13 @@ class Split:
             x, mask = x[:, 0], mask[:, 0]  # (B, 1, T) -> (B, T)
         y = self.labels[indices].astype(np.int64)
         return torch.from_numpy(x), torch.from_numpy(mask), torch.from_numpy(y)
+
+
+def _expect(what: str, array: np.ndarray, dtype: type, least: int, most: int):
+    if array.dtype != dtype or array.ndim != 1:
+        raise ValueError(f"{what} of type {array.dtype}, {array.ndim}-dimensional")
+    if array.min() < least or array.max() > most:
+        raise ValueError(f"{what} from {array.min()} to {array.max()}, expected {least} to {most}")
 
 
 def main(arguments=None):

@@ -5,10 +5,10 @@ import os
 import tarfile
 
 import pytest
-from lra_archives import RELEASES, archive, imdb_files, listops_files, stored, unpack
 
 from data.lra import prepare
 from engine.options import DataError
+from lra_archives import RELEASES, archive, imdb_files, listops_files, stored, unpack
 
 
 @pytest.mark.parametrize("task", RELEASES)

@@ -2,10 +2,10 @@
 import struct
 
 import pytest
-from lra_archives import archive, cifar, python2_batch, stored, unpack
 
 from data.lra import SPLITS, load, prepare
 from engine.options import DataError
+from lra_archives import archive, cifar, python2_batch, stored, unpack
 
 
 def test_image(tmp_path):

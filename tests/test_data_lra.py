@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lra_archives import stored
 
 from data import listops
 from data.folders import ensure
 from data.lra import SPLITS, Split, load, main, prepare
 from engine.options import DataError
+from lra_archives import stored
 
 SMALL = dict(train=40, val=10, test=10, min_length=3, max_length=20, max_depth=4, max_args=3)
 
@@ -92,6 +92,62 @@ def test_damaged_folder_is_noticed(tmp_path):
         load(folder)
     with pytest.raises(DataError, match="no readable meta.json: .*prepare it again"):
         load(tmp_path / "none")
+
+
+def overwrite(array, index, value):
+    """One number of a stored array, in place."""
+    numbers = np.load(array, mmap_mode="r+")
+    numbers[index] = value
+    numbers.flush()
+
+
+@pytest.mark.parametrize("name, index, value, words", [
+    ("train_tokens", 7, 3, ""),  # a digit, but another one
+    ("train_tokens", 7, 15, "tokens from 0 to 15, expected 0 to 14"),
+    ("test_labels", 2, 10, "labels from . to 10, expected 0 to 9"),
+    ("val_labels", slice(None), 7, "baselines in meta.json"),
+    ("val_offsets", 0, -1, "offsets that do not fit"),
+    ("val_offsets", -1, 10**6, "lengths from .* to .*, expected 1 to 2000"),
+    ("val_offsets", 3, 0, "lengths from .* to .*, expected 1 to 2000"),
+])
+def test_an_array_overwritten_in_place_is_noticed(tmp_path, name, index, value, words):
+    folder = prepare("listops", tmp_path, generate=SMALL)
+    before = np.load(folder / f"{name}.npy")[index]
+    overwrite(folder / f"{name}.npy", index, value)
+    assert (before != np.load(folder / f"{name}.npy")[index]).any()
+    with pytest.raises(DataError, match=f"{name}.npy is not what was prepared: delete"):
+        load(folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["sha256"], meta["samples"]  # as earlier versions wrote it
+    (folder / "meta.json").write_text(json.dumps(meta))
+    if words:
+        with pytest.raises(DataError, match=words):
+            load(folder)
+    overwrite(folder / f"{name}.npy", index, before)
+    assert load(folder)[0] == meta
+
+
+@pytest.mark.parametrize("change", [
+    {"sizes": None}, {"sizes": [1]}, {"sizes": {"train_labels.npy": "1"}}, {"sha256": 5},
+    {"sha256": {"train_labels.npy": 5}}, {"task": None}, {"task": []},
+    {"task": "text"}, {"classes": "10"}, {"classes": 10**9}, {"vocab_size": None}, {"towers": 2},
+    {"block_size": "2000"}, {"block_size": None}, {"counts": {"train": 40}}, {"counts": 5},
+    {"baselines": {}}, {"baselines": {"majority": 1, "root": []}}, {"cut": 5},
+    {"cut": {"train": "1", "val": 0, "test": 0}}, {"cut": {}},
+])
+def test_meta_of_wrong_types_is_one_line(tmp_path, change):
+    folder = prepare("listops", tmp_path, generate=SMALL)
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, **change}))
+    with pytest.raises(DataError, match=f"{folder}.* prepare it again") as error:
+        load(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    for key in change:
+        del meta[key]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    if "sha256" not in change:
+        with pytest.raises(DataError, match="prepare it again"):
+            load(folder)
 
 
 def test_batch_against_the_arrays(tmp_path):
