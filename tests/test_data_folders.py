@@ -19,6 +19,7 @@ def in_time(code: str, *args) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_pipes_and_devices_are_refused_and_nobody_waits_for_them(tmp_path):
     folder = tmp_path / "data" / "prepared"

@@ -192,6 +192,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         prepare("listops", tmp_path / "file", generate=SMALL)
 
 
+@pytest.mark.slow
 def test_command_line_as_a_script(tmp_path):
     script = Path(__file__).parents[1] / "data" / "lra.py"
     command = [sys.executable, str(script), "listops", "--data_dir", str(tmp_path),

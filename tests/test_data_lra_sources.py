@@ -139,6 +139,7 @@ def test_retrieval_wrong_lines(tmp_path, line, words, monkeypatch):
         prepare("retrieval", tmp_path, source=unpack(tmp_path, made.retrieval_files([line])))
 
 
+@pytest.mark.slow
 def test_retrieval_is_streamed(tmp_path):
     """60 MB of pairs must not make the process 60 MB larger."""
     line = b"1\t1\t2\t" + b"a" * 30_000 + b"\t" + b"b" * 30_000

@@ -61,6 +61,7 @@ def test_images_have_the_published_form(images_and_labels):
     assert len(np.unique(images, axis=0)) == 1200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, margin, n", [(32, 1, 200), (128, 3, 8)])
 def test_discs_mark_one_snake_or_two_and_snakes_keep_apart(size, margin, n):
     s, images = scenes(n, size, margin)
@@ -135,6 +136,7 @@ def test_same_images_for_any_number_of_workers():
     assert (generate(5, seed=4, workers=1, **easy)[0] != fewer[0]).any()
 
 
+@pytest.mark.slow
 def test_workers_start_from_a_script_that_runs_torch(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("from data.pathfinder import generate\n"

@@ -50,6 +50,7 @@ def test_the_front_page_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
+@pytest.mark.slow
 def test_the_walkthrough_is_what_its_script_writes():
     """Word by word; numbers may differ a little between processors."""
     written = (ROOT / "docs" / "walkthrough.md").read_text(encoding="utf-8").split()

@@ -111,6 +111,7 @@ def test_characters_and_bytes(tmp_path):
     check_tokenizer(tmp_path / "bytes", tokenizers.ByteTokenizer(), samples)
 
 
+@pytest.mark.slow
 def test_gpt2_byte_pairs(tmp_path):
     try:
         ours = tokenizers.GPT2Tokenizer()

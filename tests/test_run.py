@@ -68,6 +68,7 @@ def test_a_lock_is_held_and_released_by_a_kill(tmp_path):
     Lock(tmp_path / "lock", "out").release()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["--init_from=resume", "--max_iters=6"], ["--overwrite"]])
 def test_a_second_run_in_one_folder_is_refused(more, folder, corpus, call):
     lock = Lock(folder / "lock", "first")
@@ -245,6 +246,7 @@ def test_a_mistyped_option_is_answered_without_pytorch():
     assert " torch" not in done.stderr
 
 
+@pytest.mark.slow
 def test_help_into_head():
     shell = f"{sys.executable} train.py --help | head -2"
     done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True)

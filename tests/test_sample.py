@@ -242,6 +242,7 @@ def test_samples_are_drawn_in_batches(call, run, monkeypatch, tmp_path):
         call(sample, f"--out_dir={run}", "--num_samples=1000000000000000")
 
 
+@pytest.mark.slow
 def test_output_that_the_terminal_cannot_hold(run, tmp_path):
     """Question marks, whatever is not ASCII: text, undecodable bytes of a prompt, a folder."""
     odd = tmp_path / os.fsdecode(b"run\xff")

@@ -187,6 +187,7 @@ def test_evaluation_is_the_same_each_time_and_leaves_the_random_numbers_alone():
         assert data.evaluate(model, compute) == first
 
 
+@pytest.mark.slow
 def test_bfloat16(tmp_path, call):
     for task in TASKS:
         code, _, err = call(train_vision, task, *TINY, "--dtype=bfloat16", "--max_iters=1",
@@ -194,6 +195,7 @@ def test_bfloat16(tmp_path, call):
         assert code == 0, err
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path, call):
     """They see the images of one and evaluate to its numbers; every parameter gets a gradient."""
     arguments = ["detect", *TINY, "--max_iters=1", "--precond=True"]
@@ -205,6 +207,7 @@ def test_two_processes(tmp_path, call):
     assert one[-1]["tokens"] == two[-1]["tokens"]
 
 
+@pytest.mark.slow
 def test_a_process_without_a_batch_to_evaluate_does_not_stop_the_other(tmp_path):
     """EoMT has buffers, of which DDP must not wait for a broadcast."""
     torchrun(2, "train_vision.py", "segment", *TINY, "--eval_iters=1", "--max_iters=1",
