@@ -83,13 +83,13 @@ def read(argv: list[str]) -> Comparison:
 
 def main():
     comparison = read(sys.argv[1:])
+    command = shlex.join(["python", "compare.py", *sys.argv[1:]])
     try:
         comparison.execute()
     except Stopped:
-        print("\nstopped; the runs under way are saved. Type the same command again to go on",
-              file=sys.stderr)
+        print("\nstopped; the runs under way are saved. Type the same command again to go on:\n"
+              + command, file=sys.stderr)
         sys.exit(128 + comparison.signal)
-    command = shlex.join(["python", "compare.py", *sys.argv[1:]])
     print(report.write(comparison.folder, comparison.arms, command, comparison.tune))
     try:
         for path in figures.draw(runs.compared(comparison.folder), comparison.folder):

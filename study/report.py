@@ -4,6 +4,7 @@ compare.md is what is printed, compare.json holds its numbers.
 """
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -26,7 +27,9 @@ def write(folder: Path, arms: list[Arm], command: str, tune: str) -> str:
     summary = summarise(arms)
     tuned = {arm.name: arm.tuned for arm in arms if arm.tuned}
     lines = [*heading(summary, command), *results(summary), *within_grid(summary),
-             *costs(summary), *by_layer(summary)]
+             *more_seeds(summary, command), *costs(summary, f"{command} --jobs=1 "
+                                                   f"--out_dir={shlex.quote(str(folder))}-alone"),
+             *by_layer(summary)]
     if tuned:
         lines += tuning(arms, tune, summary["metric"])
     text = "\n".join(lines)
@@ -191,7 +194,18 @@ def within_grid(summary: dict) -> list[str]:
               for name, arm in within.items()), ""]
 
 
-def costs(summary: dict) -> list[str]:
+def more_seeds(summary: dict, command: str) -> list[str]:
+    """What to type for the seeds that the sentences above ask for."""
+    arms = [*summary["arms"].values(), *summary["within"].values()]
+    pairs = [arm["paired"] for arm in arms if "paired" in arm]
+    needed = [pair["seeds_needed"] or 0 for pair in pairs if pair.get("p_holm", 0) >= 0.05]
+    if not any(needed):
+        return []
+    return [f"For so many seeds: `{command} --seeds={max(needed)}`. Finished runs are kept.", ""]
+
+
+def costs(summary: dict, alone: str) -> list[str]:
+    """alone: the command for runs that do not share the machine."""
     baseline = next(iter(summary["arms"]))
     serial = summary["serial"]
     head = ["arm", f"median steps to the result of {baseline}", "seeds that reach it"]
@@ -205,8 +219,7 @@ def costs(summary: dict) -> list[str]:
         rows.append([*row, number(arm.get("peak_memory_mb"), ",.0f")])
     lines = table(head, rows)
     if not serial:
-        lines += ["Runs shared the machine: for seconds and tokens/s, run with --jobs=1 "
-                  "in another --out_dir.", ""]
+        lines += [f"Runs shared the machine. For seconds and tokens/s: `{alone}`.", ""]
     return lines
 
 

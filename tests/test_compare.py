@@ -100,7 +100,7 @@ def test_pairs_are_exact_and_stopping_changes_nothing(corpus, tmp_path, call, mo
     assert code == 0 and "again has exactly the val_loss of off on all 2 seeds" in out
     assert same["differences"] == [0, 0] and (same["paired"]["low"], same["paired"]["high"], same["paired"]["p"]) == (0, 0, 1)
     assert parts["arms"]["off"]["final"] == whole["arms"]["off"]["final"]
-    assert not parts["serial"] and "| tokens/s" not in out and "run with --jobs=1" in out
+    assert not parts["serial"] and "| tokens/s" not in out and "--jobs=1" in out
     for a, b in zip(folders(tmp_path / "parts")[2:], folders(tmp_path / "whole")[:2], strict=True):
         assert a.name == b.name and a.name.startswith("off-") and read_metrics(a) == read_metrics(b)
 
@@ -145,6 +145,18 @@ def test_a_grid_is_also_compared_within_the_first_option(study):
     assert within[fast + "1"]["paired"]["p_holm"] == stats.holm([within[name + "1"]["paired"]["p"] for name in (slow, fast)])[1]
     assert within[fast + "8"].keys() == {"to"}  # seed 2 diverged
     assert study("--vary", "precond_power=0,1", "--seeds=2")[1]["within"] == {}
+
+
+def test_advice_repeats_the_options(study, tmp_path):
+    """Two seeds are too few for two differences at once."""
+    (code, out, _), _ = study("--vary", "precond_power=0,1", "--arm", "half: precond_power=0.5",
+                              "--jobs=2", "--seeds=2")
+    typed = (f"python compare.py train.py --max_iters=6 --out_dir={tmp_path / 'out'} "
+             "--vary precond_power=0,1 --arm 'half: precond_power=0.5' --jobs=2 --seeds=2")
+    assert code == 0 and f"`{typed} --jobs=1 --out_dir={tmp_path / 'out'}-alone`" in out
+    assert "takes about 3 seeds" in out and f"For so many seeds: `{typed} --seeds=3`" in out
+    assert compare.read([*typed.split()[2:5], "--vary=precond=False,True", "--seeds=2", "--jobs=2",
+                         "--seeds=3", "--jobs=1"]).config.seeds == 3  # the last one counts
 
 
 def test_words_can_be_tuned(study):
