@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-# Unconverged on purpose: a regularised inverse. Many more blow up in float32.
-PINV_ITERATIONS = 6
+PINV_ITERATIONS = 6  # unconverged on purpose, a regularised inverse; many more blow up in float32
 
 
 def softmax(q, k, v, mask=None, *, is_causal: bool = False, dropout_p: float = 0.0):

@@ -42,6 +42,8 @@ class ModelConfig(PrecondConfig):
     n_embd: Annotated[int, "width of the model", FIXED, at_least(1)] = 128
     n_inner: Annotated[int, "width of the feed-forward layer; 0: 4 n_embd", FIXED, at_least(0)] = 0
     dropout: Annotated[float, "dropout probability", in_range(0, 1)] = 0.0
+    init: Annotated[Literal["gpt2", "zero"], "gpt2: N(0, 0.02^2); zero: linear layers "
+                    "N(0, 1 / inputs), projections into the residual stream 0", FIXED] = "gpt2"
     bias: Annotated[bool, "biases in linear layers and layer norms", FIXED] = False
     attention: Annotated[str, "attention mechanism; nystrom is for encoders", FIXED,
                          one_of(MECHANISMS)] = "softmax"
@@ -146,15 +148,19 @@ class Transformer(nn.Module):
 
     def init_weights(self, std: float | None = None):
         """Weights N(0, std^2); without std, embeddings N(0, 1) and linear N(0, 1 / inputs)."""
+        zero = self.config.init == "zero"
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=std or 1.0)
             if isinstance(module, nn.Linear):
-                # As GPT-2: 2 n_layer of these projections add up in the residual stream.
+                # As GPT-2: 2 n_layer of these projections add up in the residual stream. Zero:
+                # each block begins as the identity, and the gradient decides what it adds.
                 shrink = math.sqrt(2 * self.config.n_layer) if name.endswith("proj") else 1.0
                 # Without std outputs are as large as inputs: a narrow model learns sooner so.
-                own = std or module.in_features**-0.5
+                own = module.in_features**-0.5 if zero or not std else std
                 nn.init.normal_(module.weight, std=own / shrink)
+                if zero and name.endswith("proj"):
+                    nn.init.zeros_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -162,9 +168,9 @@ class Transformer(nn.Module):
         """Tokens (B, T) -> (B, T, C), before the final norm."""
         T = idx.size(1)
         start = cache.length if cache is not None else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit into "
-                             f"block_size={self.config.block_size}")
+        limit = self.config.block_size
+        if start + T > limit:
+            raise ValueError(f"{start + T} tokens do not fit into block_size={limit}")
         if cache is None or cache.padding is None:
             position = self.wpe.weight[start:start + T]  # (T, C)
         else:
@@ -176,10 +182,7 @@ class Transformer(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         again = self.config.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
-            if again:
-                x = checkpoint(block, x, mask, use_reentrant=False)
-            else:
-                x = block(x, mask, cache)
+            x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask, cache)
         return x
 
     def powers(self) -> list[float]:

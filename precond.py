@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 LEARNED_FROM = 0.5  # where a learned power starts
 _recordings: list[list] = []
+_sdpa = F.scaled_dot_product_attention  # as it was before `precondition_sdpa`
 
 
 def precondition(a: torch.Tensor, *, grad: bool = False, eps: float = 1e-8,
@@ -125,9 +126,6 @@ def preconditioned_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=F
     """F.scaled_dot_product_attention, preconditioned: queries (..., T, D) -> (..., T, D)."""
     a = _sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     return precondition(a, grad=grad, eps=eps, power=power)
-
-
-_sdpa = F.scaled_dot_product_attention
 
 
 @contextmanager

@@ -67,8 +67,7 @@ class LanguageModelling(Task):
         return torch.from_numpy(x), torch.from_numpy(y)
 
     def loss(self, model, x, y):
-        _, loss = model(x, y)
-        return (loss,)
+        return (model(x, y)[1],)
 
     @torch.no_grad()
     def evaluate(self, model, compute: Compute) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import torch
 
+from engine.muon import muon
 from engine.options import FIXED, Options, at_least, in_range, one_of
 
 
@@ -23,7 +24,7 @@ def adamw(model: torch.nn.Module, config: "OptimConfig") -> torch.optim.Optimize
                              eps=config.adam_eps, fused=config.fused)
 
 
-OPTIMIZERS = {"adamw": adamw}
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 @dataclass
@@ -32,12 +33,15 @@ class OptimConfig(Options):
     optimizer: Annotated[str, "update rule", FIXED, one_of(OPTIMIZERS)] = "adamw"
     max_iters: Annotated[int, "training steps", at_least(0)] = 2000
     learning_rate: Annotated[float, "peak learning rate", at_least(0)] = 3e-3
+    matrix_learning_rate: Annotated[float, "muon: peak learning rate of the blocks' matrices",
+                                    at_least(0)] = 1e-2
+    momentum: Annotated[float, "muon: of its mean of gradients", in_range(0, 1)] = 0.95
     lr_schedule: Annotated[Literal["cosine", "linear", "constant"],
                            "decay after the warm-up"] = "cosine"
     warmup_iters: Annotated[int, "steps of linear warm-up", at_least(0)] = 100
     lr_decay_iters: Annotated[int, "step at which min_lr is reached; 0: max_iters", at_least(0)] = 0
     min_lr: Annotated[float, "learning rate at the end", at_least(0)] = 3e-4
-    weight_decay: Annotated[float, "AdamW's, on matrices only", at_least(0)] = 0.1
+    weight_decay: Annotated[float, "on matrices only", at_least(0)] = 0.1
     beta1: Annotated[float, "AdamW's", in_range(0, 1)] = 0.9
     beta2: Annotated[float, "AdamW's", in_range(0, 1)] = 0.99
     adam_eps: Annotated[float, "AdamW's epsilon", at_least(0)] = 1e-8

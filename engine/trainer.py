@@ -84,8 +84,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.raw, config)
         # float16 has few exponents. The scaler multiplies the loss so that small gradients do not
         # vanish, and skips a step whose gradient overflows. Disabled, it does nothing.
-        half = compute.dtype == "float16"
-        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=half)
+        self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.dtype == "float16")
         if compute.main:
             print(f"speed: {getattr(self.raw, 'loss', 'plain')} loss, "
                   f"{'fused ' if config.fused else ''}{type(self.optimizer).__name__}, "
@@ -135,7 +134,6 @@ class Trainer:
     def train_step(self):
         config, compute = self.config, self.compute
         set_learning_rates(self.optimizer, config, self.step)
-
         # This process's sequences of the step, in parts of at most batch_size.
         share = config.global_batch // compute.world
         first = self.step * config.global_batch + compute.rank * share

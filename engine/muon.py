@@ -1,0 +1,88 @@
+"""Muon (Jordan et al. 2024): momentum, orthogonalised, for the matrices of a model's blocks.
+
+Everything else moves by AdamW: embeddings, heads, convolutions, vectors, learned powers.
+"""
+import torch
+import torch.nn as nn
+
+from engine.orthogonal import orthogonalise
+
+
+def block_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the linear layers inside a model's blocks.
+
+    Blocks are the members of its ModuleLists, but for lists of plain layers, which are heads.
+    """
+    found = {}
+    for blocks in model.modules():
+        if isinstance(blocks, nn.ModuleList):
+            for block in blocks:
+                layers = [] if isinstance(block, nn.Linear) else block.modules()
+                found |= {id(layer.weight): layer.weight for layer in layers
+                          if isinstance(layer, nn.Linear)}
+    return list(found.values())
+
+
+def muon(model: nn.Module, config) -> torch.optim.Optimizer:
+    """Its first group are the blocks' matrices; the other two are AdamW's, decayed and not."""
+    matrices = [p for p in block_matrices(model) if p.requires_grad]
+    taken = set(map(id, matrices))
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    groups = [{"params": matrices, "lr": config.matrix_learning_rate},
+              {"params": [p for p in rest if p.dim() >= 2]},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    return Muon(groups, momentum=config.momentum, lr=config.learning_rate,
+                weight_decay=config.weight_decay, betas=(config.beta1, config.beta2),
+                eps=config.adam_eps, fused=config.fused)
+
+
+class Muon(torch.optim.Optimizer):
+    """The matrices of the first group move by orthogonalised momentum, the other groups by AdamW.
+
+    An update of a matrix (m, n) is 0.2 sqrt(max(m, n)) times an orthogonal one, which is as large
+    as AdamW's usually are (Liu et al. 2025, arXiv 2502.16982). q, k and v lie in one matrix
+    (3 C, C) and are three matrices here.
+    """
+
+    def __init__(self, groups: list[dict], *, momentum: float, lr: float, weight_decay: float,
+                 **adamw):
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        self.momentum = momentum
+        self.adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, **adamw)
+        self.share()
+
+    def share(self):
+        """AdamW's groups and state are parts of this optimizer's."""
+        self.adamw.param_groups = self.param_groups[1:]
+        self.adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict):
+        super().load_state_dict(state_dict)
+        self.share()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.adamw.step()
+        group = self.param_groups[0]
+        shapes = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                shapes.setdefault(p.shape, []).append(p)
+        # Matrices of one shape go through one sequence of products.
+        for (rows, columns), matrices in shapes.items():
+            parts = 3 if rows == 3 * columns else 1
+            stack = torch.stack([self.direction(p) for p in matrices])  # (n, rows, columns)
+            stack = stack.view(-1, rows // parts, columns)
+            updates = orthogonalise(stack).view(-1, rows, columns)
+            size = 0.2 * max(rows // parts, columns) ** 0.5
+            for p, update in zip(matrices, updates):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * size)
+
+    def direction(self, p: torch.Tensor) -> torch.Tensor:
+        """The gradient with Nesterov's momentum; a mean over past gradients is kept."""
+        state = self.state[p]
+        if "mean" not in state:
+            state["mean"] = torch.zeros_like(p)
+        mean = state["mean"].lerp_(p.grad, 1 - self.momentum)
+        return p.grad.lerp(mean, self.momentum)

@@ -1,0 +1,157 @@
+"""muon.py and orthogonal.py: against an SVD in float64, and against torch.optim.Muon."""
+import pytest
+import torch
+
+import train
+from conftest import SMALL, error, read_metrics, torchrun
+from engine import checkpoint
+from engine.muon import Muon, block_matrices
+from engine.optim import OptimConfig, make_optimizer
+from engine.orthogonal import by_gram, by_products, orthogonalise
+from model import GPT, Classifier, ModelConfig
+from precond import kappa_by_layer
+
+TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 64), (2, 64, 16), (40, 8)])
+def test_singular_vectors_stay_and_values_come_near_one(shape):
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(shape, generator=generator, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(g, full_matrices=False)
+    x = orthogonalise(g)
+    values = u.mT @ x @ vh.mT  # diagonal: the singular vectors are the gradient's
+    diagonal = values.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(values, torch.diag_embed(diagonal), atol=1e-9, rtol=0)
+    # Each value is the fifth iterate of the scalar polynomial.
+    expected = s / g.norm(dim=(-2, -1))[..., None]
+    for _ in range(5):
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    torch.testing.assert_close(diagonal, expected)
+    large = s > 0.05 * s.amax(dim=-1, keepdim=True)
+    assert diagonal[large].min() > 0.5 and diagonal.max() < 1.3
+
+
+def test_by_gram_is_by_products():
+    x = torch.randn(4, 24, 96, generator=torch.Generator().manual_seed(1))
+    x = x / x.norm(dim=(-2, -1), keepdim=True)
+    torch.testing.assert_close(by_gram(x), by_products(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_zero_matrix_stays_zero():
+    assert (orthogonalise(torch.zeros(2, 4, 8)) == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 96), (96, 24)])
+def test_updates_are_those_of_torch(shape):
+    """torch.optim.Muon iterates in bfloat16: its updates agree to two digits."""
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    mine, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    a = Muon([{"params": [mine], "lr": 0.1}, {"params": []}], momentum=0.9, lr=1.0,
+             weight_decay=0.2)
+    b = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2, momentum=0.9,
+                         adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        mine.grad = torch.randn(shape)
+        theirs.grad = mine.grad.clone()
+        before = theirs.detach().clone()
+        a.step()
+        b.step()
+        step = (theirs - before).norm()
+        assert (mine - theirs).norm() < 0.05 * step
+        mine.data.copy_(theirs.data)
+
+
+def test_queries_keys_and_values_are_three_matrices():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.zeros(48, 16))
+    p.grad = torch.randn(48, 16)
+    grad = p.grad.clone()
+    Muon([{"params": [p], "lr": 1.0}, {"params": []}], momentum=0.0, lr=1.0,
+         weight_decay=0.0).step()
+    expected = torch.cat([orthogonalise(part) for part in grad.split(16)])
+    torch.testing.assert_close(p.detach(), -0.2 * 4 * expected)
+
+
+def vision(task):
+    pytest.importorskip("transformers", reason="pip install -r requirements-extra.txt")
+    from vision.models import Vision, VisionConfig
+    return Vision(VisionConfig(task=task, n_layer=2, n_embd=16, n_head=2, image_size=32), 3)
+
+
+@pytest.mark.parametrize("build", [
+    lambda: GPT(ModelConfig(**TINY, bias=True, precond=True, precond_power="learned"), 11),
+    lambda: Classifier(ModelConfig(**TINY, attention="nystrom"), 11, 3, towers=2),
+    lambda: vision("classify"), lambda: vision("detect"), lambda: vision("segment"),
+], ids=["gpt", "towers", "classify", "detect", "segment"])
+def test_each_parameter_is_in_exactly_one_group(build):
+    model = build()
+    optimizer = make_optimizer(model, OptimConfig(optimizer="muon"))
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices, decayed, free = ([names[id(p)] for p in group["params"]]
+                               for group in optimizer.param_groups)
+    assert len(matrices) >= 8
+    assert not [name for name in matrices
+                if any(word in name for word in ("head", "wte", "wpe", "embed", "classifier"))]
+    assert decayed and free
+    assert optimizer.param_groups[2]["weight_decay"] == 0
+    assert len(block_matrices(model)) == len(matrices)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_goes_on_bit_for_bit(processes, corpus, tmp_path, call):
+    run = [*SMALL, *corpus, "--optimizer=muon", "--init=zero", "--eval_interval=4",
+           "--gradient_accumulation_steps=2", "--lr_decay_iters=8", "--dropout=0.1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    def go(*words):
+        if processes == 1:
+            assert call(train, *words)[0] == 0
+        else:
+            torchrun(processes, "train.py", *words)
+    go(*run, "--max_iters=8", f"--out_dir={whole}")
+    go(*run, "--max_iters=4", f"--out_dir={parts}")
+    go("--init_from=resume", "--max_iters=8", f"--out_dir={parts}")
+    assert read_metrics(whole)[-1] == read_metrics(parts)[-1]
+    a, b = (checkpoint.read(folder / "ckpt.pt")["model"] for folder in (whole, parts))
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    message = error(call(train, "--init_from=resume", "--optimizer=adamw", f"--out_dir={whole}"))
+    assert "--optimizer=adamw cannot change on resume: the run has optimizer=muon" in message
+
+
+@pytest.mark.slow
+def test_processes_follow_one(corpus, tmp_path, call):
+    run = [*SMALL, *corpus, "--optimizer=muon", "--max_iters=10", "--eval_interval=5"]
+    assert call(train, *run, f"--out_dir={tmp_path / 'one'}")[0] == 0
+    torchrun(2, "train.py", *run, f"--out_dir={tmp_path / 'two'}")
+    one, two = (read_metrics(tmp_path / name)[-1] for name in ("one", "two"))
+    assert one["val_loss"] == pytest.approx(two["val_loss"], rel=1e-4)
+
+
+def test_zero_projections_begin_as_the_embedding():
+    torch.manual_seed(0)
+    config = ModelConfig(**TINY, init="zero", precond=True, precond_grad=True)
+    model = GPT(config, 11)
+    x = torch.arange(8)[None]
+    embedded = model.wte(x) + model.wpe.weight
+    torch.testing.assert_close(model.encode(x), embedded)
+
+    def forward():
+        model(x)
+    kappa = kappa_by_layer(forward)
+    assert None not in kappa["kappa_before"] + kappa["kappa_after"]
+    _, loss = model(x, x)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert model.blocks[0].attn.proj.weight.grad.abs().max() > 0
+
+
+def test_muon_learns(corpus, tmp_path, call):
+    run = [*SMALL, *corpus, "--optimizer=muon", "--init=zero", "--max_iters=60",
+           "--warmup_iters=5", "--learning_rate=1e-2"]
+    assert call(train, *run, f"--out_dir={tmp_path}")[0] == 0
+    losses = [r["val_loss"] for r in read_metrics(tmp_path) if "val_loss" in r]
+    assert losses[-1] < 0.8 * losses[0]
