@@ -95,7 +95,8 @@ def main():
         for path in figures.draw(runs.compared(comparison.folder), comparison.folder):
             if path.suffix == ".png":
                 print(path)
-        print(f"and as SVG. To draw them anew: python plot.py {shlex.quote(str(comparison.folder))}")
+        folder = shlex.quote(str(comparison.folder))
+        print(f"and as SVG. To draw them anew: python plot.py {folder}")
     except UserError as e:
         print(f"no figures: {e}")
 
