@@ -23,12 +23,11 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import text
-from data.tokenizers import Tokenizer
+from data.tokenizers import Tokenizer, load_tokenizer
 from engine import checkpoint, options
 from engine.options import UserError
-from engine.pretrained import hugging_face_name
-from model import GPT
+from engine.pretrained import check_tokenizer, from_checkpoint, hugging_face_name, read_config
+from model import GPT, ModelConfig
 
 WEIGHTS = "model.safetensors"
 
@@ -50,15 +49,18 @@ def write(saved: dict, folder: Path, overwrite: bool = False) -> dict | None:
     that is not GPT-2's architecture, a folder that is not empty, and a failed write; DataError
     where gpt2's vocabulary is not at hand.
     """
-    precond = preconditioner(saved["config"])
-    tokenizer = text.load_tokenizer(saved["task"]["tokenizer"])
+    config = read_config(saved, "the checkpoint")
+    precond = preconditioner(config)
+    vocab_size = saved["task"]["vocab_size"]
+    tokenizer = load_tokenizer(saved["task"]["tokenizer"])
+    check_tokenizer(tokenizer, vocab_size)
     try:
         from safetensors.torch import save_file
-        files = describe(saved, precond, tokenizer)
+        files = describe(config, vocab_size, precond, tokenizer)
     except ImportError:
         raise UserError("export needs safetensors and tokenizers: "
                         "pip install -r requirements-extra.txt") from None
-    weights = convert(GPT.from_checkpoint(saved))
+    weights = convert(from_checkpoint(saved, "the checkpoint"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not overwrite:
@@ -75,23 +77,23 @@ def write(saved: dict, folder: Path, overwrite: bool = False) -> dict | None:
     return precond
 
 
-def preconditioner(config: dict) -> dict | None:
-    """grad, eps and power of a run's configuration, None without preconditioning.
+def preconditioner(c: ModelConfig) -> dict | None:
+    """The options for precond.register_transformers, None without preconditioning.
 
     Raises UserError for a model that is not exported.
     """
-    if config["attention"] != "softmax":
-        raise UserError(f"the model has attention={config['attention']}, which is not GPT-2's: "
-                        "only attention=softmax is exported")
-    if config["n_inner"] not in (0, 4 * config["n_embd"]):
-        raise UserError(f"the model has n_inner={config['n_inner']}: only n_inner=0, which is "
-                        "4 n_embd, is exported")
-    if not config["precond"] or config["precond_power"] == 0:
+    if c.attention != "softmax":
+        raise UserError(f"the model has attention={c.attention}, which is not GPT-2's: only "
+                        "attention=softmax is exported")
+    if c.n_inner not in (0, 4 * c.n_embd):
+        raise UserError(f"the model has n_inner={c.n_inner}: only n_inner=0, which is 4 n_embd, "
+                        "is exported")
+    if not c.precond or c.precond_power == 0:
         return None
-    if config["precond_power"] == "learned":
+    if c.precond_power == "learned":
         raise UserError("the model has precond_power=learned, one power a head: transformers' "
                         "attention takes one fixed power, so this model is not exported")
-    return {name: config[f"precond_{name}"] for name in ("grad", "eps", "power")}
+    return {"grad": c.precond_grad, "eps": c.precond_eps, "power": c.precond_power}
 
 
 def convert(gpt: GPT) -> dict[str, torch.Tensor]:
@@ -99,27 +101,27 @@ def convert(gpt: GPT) -> dict[str, torch.Tensor]:
     out = {}
     for key, tensor in gpt.state_dict().items():
         name = "transformer." + hugging_face_name(key)
-        out[name] = tensor.t().contiguous() if ".c_" in name else tensor
+        out[name] = (tensor.t() if ".c_" in name else tensor).contiguous()
         if key.endswith(".weight") and key not in ("wte.weight", "wpe.weight"):
             # Overwritten by the model's own bias, which comes next, if it has one.
             out[name.removesuffix("weight") + "bias"] = tensor.new_zeros(len(tensor))
     return out
 
 
-def describe(saved: dict, precond: dict | None, tokenizer: Tokenizer) -> dict[str, dict]:
+def describe(c: ModelConfig, vocab_size: int, precond: dict | None, tokenizer: Tokenizer
+             ) -> dict[str, dict]:
     """What each JSON file holds, config.json last: without it an interrupted export is no model."""
-    c = saved["config"]
     ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
-              "vocab_size": saved["task"]["vocab_size"], "n_positions": c["block_size"],
-              "n_layer": c["n_layer"], "n_head": c["n_head"], "n_embd": c["n_embd"],
-              "n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-              "tie_word_embeddings": True, "dtype": "float32", "attn_pdrop": c["dropout"],
-              "embd_pdrop": c["dropout"], "resid_pdrop": c["dropout"], **ends}
+              "vocab_size": vocab_size, "n_positions": c.block_size, "n_layer": c.n_layer,
+              "n_head": c.n_head, "n_embd": c.n_embd, "n_inner": None,
+              "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+              "tie_word_embeddings": True, "dtype": "float32", "attn_pdrop": c.dropout,
+              "embd_pdrop": c.dropout, "resid_pdrop": c.dropout, **ends}
     if precond:
         config |= {"attn_implementation": "preconditioned", "preconditioned_attention": precond}
     tokenization = {"tokenizer_class": "PreTrainedTokenizerFast",
-                    "model_max_length": c["block_size"], "clean_up_tokenization_spaces": False}
+                    "model_max_length": c.block_size, "clean_up_tokenization_spaces": False}
     if tokenizer.eot is not None:
         tokenization["eos_token"] = "<|endoftext|>"
     return {"tokenizer.json": json.loads(to_hugging_face(tokenizer).to_str()),
@@ -131,7 +133,7 @@ def describe(saved: dict, precond: dict | None, tokenizer: Tokenizer) -> dict[st
 def to_hugging_face(tokenizer: Tokenizer):
     """The same tokenizer as a tokenizers.Tokenizer.
 
-    A character outside the vocabulary is an error there too, as in data/tokens.py.
+    A character outside the vocabulary is an error there too, as in data/tokenizers.py.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     if tokenizer.name == "char":

@@ -4,6 +4,7 @@
     python sample.py --start="ROMEO:" --num_samples=5 --temperature=0.7
     python sample.py --start=FILE:prompt.txt --stop="\\n\\n" --out_dir=out-mine
     python sample.py --start=LINES:prompts.txt              # a prompt a line
+    python sample.py --init_from=gpt2-xl --start="What is"  # OpenAI's GPT-2
 """
 import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch is loaded)
 
@@ -18,11 +19,11 @@ from typing import Annotated, Literal
 
 import torch
 
-from data import text
-from engine import checkpoint, options
+from data.tokenizers import Tokenizer, load_tokenizer
+from engine import checkpoint, options, pretrained
 from engine.device import DTYPES, Compute, ComputeConfig
 from engine.kv_cache import KVCache
-from engine.options import UserError, at_least, in_range
+from engine.options import UserError, at_least, in_range, not_empty
 from engine.packed import for_sampling
 from model import GPT
 
@@ -36,7 +37,9 @@ ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
 @dataclass
 class Config(ComputeConfig):
-    out_dir: Annotated[str, "folder of the run"] = "out"
+    init_from: Annotated[str, "resume: the run in out_dir; or gpt2, gpt2-medium, gpt2-large, "
+                              "gpt2-xl, or a Hugging Face GPT-2 folder", not_empty] = "resume"
+    out_dir: Annotated[str, "folder of the run", not_empty] = "out"
     ckpt: Annotated[Literal["best", "latest"],
                     "best: the lowest validation loss, where it is kept; or the latest"] = "best"
     start: Annotated[str, "prompt, FILE:path/to/prompt.txt, or LINES:path/to/prompts.txt, a "
@@ -188,7 +191,8 @@ def read_prompts(start: str) -> list[str]:
     return prompts
 
 
-def write(model: GPT, tokenizer, prompts: list[str], config: Config, generator: torch.Generator):
+def write(model: GPT, tokenizer: Tokenizer, prompts: list[str], config: Config,
+          generator: torch.Generator):
     """Print a sample for each prompt, all drawn at once, the first one as it is written."""
     block = model.config.block_size
     rows = [tokenizer.encode_prompt(prompt)[-block:] for prompt in prompts]
@@ -208,16 +212,32 @@ def write(model: GPT, tokenizer, prompts: list[str], config: Config, generator: 
         print(f"{SEPARATOR}\n{prompt}{stream.text}")
 
 
+def open_model(config: Config) -> tuple[GPT, Tokenizer]:
+    """What `init_from` names, on the CPU. Raises UserError."""
+    if config.init_from == "resume":
+        folder = Path(config.out_dir)
+        saved = checkpoint.read_language_model(folder, best=config.ckpt == "best")
+        model = pretrained.from_checkpoint(saved, folder)
+        state = saved["task"]["tokenizer"]
+    else:
+        model = pretrained.load(config.init_from)
+        state = pretrained.read_tokenizer(config.init_from, len(model.wte.weight))
+        if state is None:
+            raise UserError(f"{config.init_from} has no tokenizer.json: save the model's "
+                            "tokenizer in the folder too")
+    tokenizer = load_tokenizer(state)
+    pretrained.check_tokenizer(tokenizer, len(model.wte.weight))
+    return model, tokenizer
+
+
 def main():
     config, _ = options.parse(Config, sys.argv[1:], __doc__)
     prompts = read_prompts(config.start)
-    saved = checkpoint.read_language_model(Path(config.out_dir), best=config.ckpt == "best")
-    tokenizer = text.load_tokenizer(saved["task"]["tokenizer"])
-    with Compute(config.device, config.dtype, saved["config"]["n_embd"]) as compute:
-        dtype = DTYPES[compute.dtype]
-        model = for_sampling(GPT.from_checkpoint(saved), compute.device, dtype)
+    model, tokenizer = open_model(config)
+    c = model.config
+    with Compute(config.device, config.dtype, c.n_embd) as compute:
+        model = for_sampling(model, compute.device, DTYPES[compute.dtype])
         generator = torch.Generator(compute.device).manual_seed(config.seed)
-        c = model.config
         at_once = max(1, min(MOST, CACHE // (8 * c.n_layer * c.block_size * c.n_embd)))
         total = len(prompts) * config.num_samples
         for first in range(0, total, at_once):

@@ -1,10 +1,8 @@
-"""GPT-2's weights in the form of model.GPT: published, or a Hugging Face folder like them.
+"""model.GPT with weights from elsewhere: published, in a Hugging Face folder like GPT-2's, a run's.
 
-    shapes, _, state = read("gpt2")                      # downloads two files once
+    gpt = load("gpt2")                                   # downloads two files once
+    gpt = from_checkpoint(checkpoint.read("out/best.pt"), "out/best.pt")
     shapes, precond, state = read("out/exported", block_size=256)
-    vocab_size = shapes.pop("vocab_size")
-    gpt = GPT(ModelConfig(**shapes, **precond), vocab_size)
-    gpt.load_state_dict(state)
 
 Radford et al. 2019. Weights are read from safetensors alone: a pickle can run code when it is
 opened. Hugging Face stores GPT-2's linear layers as Conv1D, y = x W + b with W of shape (in, out),
@@ -23,6 +21,8 @@ from model import GPT, ModelConfig
 HUB = {name: f"openai-community/{name}"
        for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 VOCABULARY = 50257  # GPT-2's tokens
+# (tokenizer, a token in its tokenizer.json, the token's number)
+WORDS = ("gpt2", "\u0120the", 262), ("bytes", "a", 97)
 LARGEST = 2**24  # of any size: far beyond all models
 SIZES = {"block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
          "vocab_size": "vocab_size"}
@@ -70,6 +70,83 @@ def read(source: str, block_size: int | None = None) -> tuple[dict, dict, dict[s
     return shapes, precond, state
 
 
+def load(source: str) -> GPT:
+    """The model of `source`, see `read`, in evaluation mode, on the CPU. Raises UserError."""
+    shapes, precond, weights = read(source)
+    vocab_size = shapes.pop("vocab_size")
+    return assemble(options.build(ModelConfig, shapes | precond), vocab_size, weights, source)
+
+
+def from_checkpoint(saved: dict, source: str | Path) -> GPT:
+    """The model of train.py's checkpoint `saved`, which `source` names, in evaluation mode, on the
+    CPU. Raises UserError."""
+    config = read_config(saved, source)
+    return assemble(config, saved["task"]["vocab_size"], saved["model"], source)
+
+
+def read_config(saved: dict, source: str | Path) -> ModelConfig:
+    """The model's part of a checkpoint's configuration. Raises UserError."""
+    has = {*saved, *saved["task"]}
+    if lacking := sorted({"config", "model", "step", "vocab_size"} - has):
+        raise UserError(f"{source} cannot be used: it lacks {', '.join(lacking)}")
+    names = options.options(ModelConfig)
+    values = {name: value for name, value in saved["config"].items() if name in names}
+    return options.build(ModelConfig, values)
+
+
+def assemble(config: ModelConfig, vocab_size: int, weights: dict, source: str | Path) -> GPT:
+    """model.GPT with these weights. Raises UserError.
+
+    Whatever a configuration asks for, it is compared with the weights before it takes memory.
+    """
+    layers = sum(str(name).endswith(".ln_1.weight") for name in weights)
+    if config.n_layer > layers:
+        raise UserError(f"{source} asks for n_layer={config.n_layer} and has weights for {layers}: "
+                        "it is damaged")
+    try:
+        with torch.device("meta"):
+            model = GPT(config, vocab_size)
+        model.load_state_dict(weights, assign=True)
+        model.float().eval()
+        finite = all(p.isfinite().all() for p in model.parameters())
+    except (AttributeError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[-1].strip()[:120]
+        raise UserError(f"the weights of {source} are not its configuration's ({reason}): it is "
+                        "damaged") from None
+    if not finite:
+        raise UserError(f"{source} has weights that are not finite numbers: use another model")
+    return model
+
+
+def read_tokenizer(source: str, vocab_size: int) -> dict | None:
+    """The state of the tokenizer with which `source` was trained, where it can be told.
+
+    data/tokenizers.py has three, and export.py writes them. Raises UserError for another one.
+    """
+    path = Path(source) / "tokenizer.json"
+    if source in HUB or not path.exists():
+        return {"name": "gpt2"} if vocab_size == VOCABULARY else None
+    try:
+        model = read_json(path)["model"]
+        vocab = model["vocab"]
+        chars = "".join(sorted(vocab, key=vocab.get))
+        if model["type"] == "WordLevel" and vocab == {c: i for i, c in enumerate(chars)}:
+            return {"name": "char", "chars": chars}
+        for name, word, number in WORDS:
+            if vocab.get(word) == number:
+                return {"name": name}
+    except (AttributeError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is none of the tokenizers char, bytes and gpt2: use another model")
+
+
+def check_tokenizer(tokenizer, vocab_size: int):
+    """Raises UserError where a model of so many tokens cannot be given all of the tokenizer's."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"the model knows {vocab_size:,} tokens, its tokenizer has "
+                        f"{tokenizer.vocab_size:,}: they do not belong together")
+
+
 def start(run) -> dict[str, torch.Tensor]:
     """The weights of the GPT-2 that a run's init_from names; gives run.config its shape.
 
@@ -96,21 +173,18 @@ def start(run) -> dict[str, torch.Tensor]:
 
 def check_vocabulary(source: str, weights: dict[str, torch.Tensor], meta: dict):
     """Raises UserError where prepared text, whose meta.json this is, has other tokens than those
-    that `source` was trained on: another number, or other characters than in its tokenizer.json.
-    """
+    that `source` was trained on."""
     rows = len(weights["wte.weight"])
     tokenizer = meta["tokenizer"]
     if rows != meta["vocab_size"]:
         raise UserError(f"{source} has a vocabulary of {rows:,}, the text one of "
                         f"{meta['vocab_size']:,} ({tokenizer['name']}): choose --tokenizer as it "
                         "was trained, and for characters a text with the same ones")
-    path = Path(source) / "tokenizer.json"
-    if tokenizer["name"] == "char" and path.exists():
-        known = read_json(path).get("model", {}).get("vocab", {})
-        if known != {c: i for i, c in enumerate(tokenizer["chars"])}:
-            raise UserError(f"{source} was trained on other characters than the text's: train on "
-                            "a text with the same ones, or export a model with --tokenizer=gpt2 "
-                            "or bytes")
+    known = read_tokenizer(source, rows)
+    if known and known != tokenizer:
+        raise UserError(f"{source} was trained on other characters or tokens than the text's: "
+                        "train on a text with the same ones, or export a model with "
+                        "--tokenizer=gpt2 or bytes")
 
 
 def hugging_face_name(key: str) -> str:
@@ -140,9 +214,9 @@ def download(name: str) -> Path:
         return Path(paths[1]).parent
     except (OSError, huggingface_hub.errors.HTTPError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"cannot download {repository} from the Hugging Face hub ({reason}): check "
-                        "the network and the disk, or download it elsewhere and give the folder instead of "
-                        f"{name}") from None
+        raise UserError(f"cannot download {repository} from the Hugging Face hub ({reason}): "
+                        "check the network and the disk, or download it elsewhere and give the "
+                        f"folder instead of {name}") from None
 
 
 def read_json(path: Path) -> dict:
@@ -168,8 +242,8 @@ def read_preconditioner(config: dict, path: Path) -> dict:
         return {"precond": True, "precond_grad": bool(saved["grad"]),
                 "precond_eps": float(saved["eps"]), "precond_power": float(saved["power"])}
     except (KeyError, OverflowError, TypeError, ValueError):
-        raise UserError(f"{path}: preconditioned_attention={str(saved)[:80]} needs grad, eps and power: "
-                        "export the folder again") from None
+        raise UserError(f"{path}: preconditioned_attention={str(saved)[:80]} needs grad, eps and "
+                        "power: export the folder again") from None
 
 
 def read_shapes(config: dict, path: Path) -> dict:

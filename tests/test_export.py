@@ -50,7 +50,7 @@ def load(folder, options):
 def test_transformers_computes_the_same(changes, tmp_path):
     state = saved(**changes)
     options = export.write(state, tmp_path / "hf")
-    ours = GPT.from_checkpoint(state)
+    ours = pretrained.from_checkpoint(state, "state")
     theirs = load(tmp_path / "hf", options)
     idx = torch.randint(len(CHARS), (3, 24), generator=torch.Generator().manual_seed(1))
     expected = ours(idx)[0]
@@ -158,7 +158,7 @@ def test_the_script_and_the_way_back(corpus, tmp_path, call):
     # The two lines that it prints load the model.
     exec("\n".join(line.strip() for line in lines[-2:]), namespace)
     idx = torch.arange(12)[None]
-    ours = GPT.from_checkpoint(checkpoint.read(run / "ckpt.pt"))
+    ours = pretrained.from_checkpoint(checkpoint.read(run / "ckpt.pt"), run)
     torch.testing.assert_close(namespace["model"](idx).logits, ours(idx)[0], atol=1e-4, rtol=1e-4)
 
     assert "is not empty" in error(call(export, f"--out_dir={run}"))

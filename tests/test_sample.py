@@ -1,15 +1,19 @@
 """sample.py: generation with the cache against the same rule without one; choosing, streaming."""
+import json
 import os
+import re
 import shutil
 from dataclasses import asdict
 
 import pytest
 import torch
 
+import export
 import sample
 import train
 from conftest import SMALL, error, shell
 from data.tokenizers import ByteTokenizer, GPT2Tokenizer
+from engine import pretrained
 from engine.options import DataError
 from model import GPT, ModelConfig
 from sample import TextStream, choose, generate, stack
@@ -265,6 +269,78 @@ def test_output_that_the_terminal_cannot_hold(run, tmp_path):
     assert done.stdout.startswith("??!")
 
 
+@pytest.mark.parametrize("precond", [False, True])
+def test_a_hugging_face_folder_writes_what_the_run_writes(call, corpus, tmp_path, precond):
+    pytest.importorskip("tokenizers", reason="pip install -r requirements-extra.txt")
+    run = tmp_path / "run"
+    assert call(train, *SMALL, *corpus, f"--precond={precond}", "--precond_power=0.5",
+                "--max_iters=2", f"--out_dir={run}")[0] == 0
+    assert call(export, f"--out_dir={run}", f"--to={tmp_path / 'hf'}")[0] == 0
+    options = ["--start=Préc", "--max_new_tokens=40"]
+    expected = call(sample, f"--out_dir={run}", "--init_from=resume", *options)[1]
+    assert call(sample, f"--init_from={tmp_path / 'hf'}", *options)[1] == expected
+
+    tokenizer = tmp_path / "hf" / "tokenizer.json"
+    whole = json.loads(tokenizer.read_text())
+    for damage in ({"model": {"type": "WordLevel", "vocab": {"a": 0, "word": 1}}},
+                   {"model": {"type": "BPE", "vocab": {"\u0120the": 5, "a": 6}}},
+                   {"model": {"type": "BPE", "vocab": [1, 2]}}, {"model": 7}, {}):
+        tokenizer.write_text(json.dumps(damage))
+        message = error(call(sample, f"--init_from={tmp_path / 'hf'}", *options))
+        assert "none of the tokenizers char, bytes and gpt2" in message
+    whole["model"]["vocab"]["\u2603"] = len(whole["model"]["vocab"])
+    tokenizer.write_text(json.dumps(whole))
+    message = error(call(sample, f"--init_from={tmp_path / 'hf'}", *options))
+    assert "knows 42 tokens, its tokenizer has 43" in message
+    tokenizer.unlink()
+    message = error(call(sample, f"--init_from={tmp_path / 'hf'}", *options))
+    assert "has no tokenizer.json" in message
+
+
+def test_published_models_by_their_names(call, gpt2, tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers", reason="pip install -r requirements-extra.txt")
+    save_model(tmp_path, gpt2)
+    assert call(export, f"--out_dir={tmp_path}", f"--to={tmp_path / 'hf'}")[0] == 0
+    monkeypatch.setattr(pretrained, "download", lambda name: tmp_path / "hf")
+    expected = call(sample, f"--out_dir={tmp_path}", "--max_new_tokens=30")[1]
+    assert len(expected) > 30
+    for name in ("gpt2-xl", tmp_path / "hf"):
+        assert call(sample, f"--init_from={name}", "--max_new_tokens=30")[1] == expected
+    assert "gpt3 is neither a folder nor one of gpt2" in error(call(sample, "--init_from=gpt3"))
+
+
+DAMAGE = [
+    (lambda saved: saved["config"].update(n_layer=2), "n_layer=2 and has weights for 1"),
+    (lambda saved: saved["config"].update(n_layer=1000), "n_layer=1000 and has weights for 1"),
+    (lambda saved: saved["config"].update(n_layer=10**9), "its n_layer is 1000000000"),
+    (lambda saved: saved["config"].update(n_embd=10**5), "n_embd is 100000|not its configuration"),
+    (lambda saved: saved["config"].update(n_head="x"), "n_head='x' is not of type int"),
+    (lambda saved: saved["config"].update(dropout=float("nan")), "dropout=nan must be a finite"),
+    (lambda saved: saved["task"].update(vocab_size=2), "size mismatch for wte.weight|knows 2 "),
+    (lambda saved: saved["task"].update(vocab_size=-2), "not its configuration's|knows -2"),
+    (lambda saved: saved["task"].update(tokenizer={"name": "gpt2"}), "knows 256|not at hand"),
+    (lambda saved: saved["task"].update(tokenizer=7), "damaged description of a tokenizer"),
+    (lambda saved: saved["task"].pop("vocab_size"), "lacks vocab_size"),
+    (lambda saved: saved.pop("config"), "lacks config"),
+    (lambda saved: saved.pop("model"), "lacks model"),
+    (lambda saved: saved.update(model=7), "its model is a int"),
+    (lambda saved: saved["model"].update({"ln_f.weight": 7}), "not its configuration's"),
+    (lambda saved: saved["model"].update({5: torch.zeros(3)}), "not its configuration's"),
+    (lambda saved: saved["model"]["ln_f.weight"].fill_(torch.nan), "not finite numbers"),
+]
+
+
+@pytest.mark.parametrize("command", [sample, export])
+@pytest.mark.parametrize("damage, words", DAMAGE, ids=[words for _, words in DAMAGE])
+def test_a_checkpoint_is_not_believed(call, tmp_path, command, damage, words):
+    """One line, soon, whatever a checkpoint's configuration asks for."""
+    save_model(tmp_path, ByteTokenizer())
+    saved = torch.load(tmp_path / "ckpt.pt")
+    damage(saved)
+    torch.save(saved, tmp_path / "ckpt.pt")
+    assert re.search(words, error(call(command, f"--out_dir={tmp_path}")))
+
+
 def test_stop(call, run):
     options = [f"--out_dir={run}", "--num_samples=1", "--max_new_tokens=200", "--start=a",
                "--temperature=2"]
@@ -287,6 +363,7 @@ def test_stop(call, run):
     (["--max_new_tokens=-1"], "max_new_tokens=-1 must not be negative"),
     (["--top_p=0"], "top_p=0"),
     (["--ckpt=newest"], "choose best or latest"),
+    (["--init_from="], "--init_from= is empty"),
     (["--device=cuda:77"], "--device=cuda:77"),
 ])
 def test_mistakes(call, run, arguments, words):
@@ -295,3 +372,6 @@ def test_mistakes(call, run, arguments, words):
 
 def test_missing_run(call, tmp_path):
     assert "no checkpoint" in error(call(sample, f"--out_dir={tmp_path}"))
+    (tmp_path / "best.pt").touch()
+    message = error(call(sample, f"--out_dir={tmp_path / 'best.pt'}"))
+    assert f"--out_dir is the folder of a run, here {tmp_path}" in message
