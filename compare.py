@@ -48,11 +48,14 @@ class Config(options.Options):
                           at_least(1)] = 2
     jobs: Annotated[int, "runs at once; speed is reported from 1", at_least(1)] = 1
     threads: Annotated[int, "threads of each run", at_least(1)] = 1
-    out_dir: Annotated[str, "folder of the runs and the report"] = "out-compare"
+    out_dir: Annotated[str, "folder of the runs and the report",
+                       options.not_empty] = "out-compare"
 
     def __post_init__(self):
         super().__post_init__()
         end = self.first_seed + self.seeds
+        if wrong := options.seed("the last seed", end - 1, self):
+            raise ValueError(wrong)
         if self.tune and self.first_seed < TUNE_SEED + self.tune_seeds and end > TUNE_SEED:
             raise ValueError(f"first_seed={self.first_seed}: the seeds must not reach those of "
                              f"--tune, {TUNE_SEED} and on")
@@ -86,11 +89,14 @@ def main():
     command = shlex.join(["python", "compare.py", *sys.argv[1:]])
     try:
         comparison.execute()
+        print(report.write(comparison.folder, comparison.arms, command, comparison.tune))
+    except OSError as e:
+        raise UserError(f"cannot write to {e.filename or comparison.folder}: {e.strerror}. "
+                        "Type the same command again when that is mended") from None
     except Stopped:
         print("\nstopped; the runs under way are saved. Type the same command again to go on:\n"
               + command, file=sys.stderr)
         sys.exit(128 + comparison.signal)
-    print(report.write(comparison.folder, comparison.arms, command, comparison.tune))
     try:
         for path in figures.draw(runs.compared(comparison.folder), comparison.folder):
             if path.suffix == ".png":

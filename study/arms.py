@@ -41,7 +41,7 @@ def make_arms(vary: list[str], named: list[str]) -> list[Arm]:
 def settings_of(text: str) -> list[str]:
     """"KEY=A,B" -> ["KEY=A", "KEY=B"]"""
     key, _, values = text.partition("=")
-    if not values:
+    if not (key and values):
         raise UserError(f"--vary {text}: write --vary KEY=VALUE,VALUE")
     return [f"{key}={value}" for value in values.split(",")]
 
@@ -56,6 +56,6 @@ def named_arm(text: str) -> Arm:
     except ValueError as e:
         raise UserError(f"--arm {text}: {e}") from None
     for word in words:
-        if "=" not in word:
+        if word.find("=") < 1:
             raise UserError(f"--arm {text}: {word!r} is not KEY=VALUE")
     return Arm(name.strip(), [f"--{word}" for word in words])

@@ -41,7 +41,8 @@ def draw(groups: dict[str, list[Path]], out: Path, x: str = "step", layer: int =
     except ImportError:
         raise UserError("figures need matplotlib: "
                         "pip install -r requirements-extra.txt") from None
-    runs = {label: [Run.read(Path(folder)) for folder in folders]
+    # A dollar sign would begin a formula.
+    runs = {label.replace("$", r"\$"): [Run.read(Path(folder)) for folder in folders]
             for label, folders in groups.items()}
     check(runs, x, layer)
     with rc_context(STYLE):

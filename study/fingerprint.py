@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from data.folders import sha256
+from engine.options import UserError
 
 
 def code_hash(script: Path) -> str:
@@ -46,7 +47,10 @@ def content(path: str) -> str:
     Of these it is their names, their sizes, and what models and annotations hold.
     """
     if os.path.isfile(path):
-        return sha256(path)
+        try:
+            return sha256(path)
+        except OSError as e:
+            raise UserError(f"cannot read {path}: {e.strerror}") from None
     files = sorted((p.relative_to(path).as_posix(),
                     content(str(p)) if p.suffix in (".safetensors", ".json") else p.stat().st_size)
                    for p in Path(path).rglob("*") if p.is_file())

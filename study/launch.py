@@ -177,7 +177,7 @@ class Comparison:
         Raises UserError where it failed and did not diverge.
         """
         code = job.process.returncode
-        log = (job.folder / "log.txt").read_text(encoding="utf-8").strip()
+        log = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip()
         last = log.rpartition("\n")[2]
         diverged = last if code == 2 and "is not finite" in last else None
         if code and not diverged:
@@ -229,13 +229,13 @@ class Comparison:
         self.signal = number
 
     def execute(self):
-        """Tune where asked, then train every arm on every seed. Raises Stopped, UserError."""
+        """Tune where asked, then train every arm on every seed.
+
+        Raises Stopped, UserError, and OSError where out_dir cannot be written to.
+        """
         config = self.config
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = Lock(self.folder / "lock", str(self.folder))
-        except OSError as e:
-            raise UserError(f"cannot write to {self.folder}: {e.strerror}") from None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = Lock(self.folder / "lock", str(self.folder))
         count = config.seeds  # of an arm's jobs
         trials = {}
         if self.tune:

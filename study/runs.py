@@ -17,6 +17,7 @@ from engine.run import RESULT
 
 SCRIPTS = {"train.py": train, "train_lra.py": train_lra, "train_vision.py": train_vision}
 NEEDED = {"seed", "precond", "n_layer", "grad_clip"}  # options without which there is no figure
+COSTS = {"tokens", "peak_memory_mb"}  # what compare.py reports of a last record, beside a metric
 
 
 def script_of(config: dict) -> ModuleType:
@@ -73,11 +74,11 @@ class Run:
                 run.records = read_records(folder)
             if (folder / RESULT).exists():
                 run.test = json.loads((folder / RESULT).read_text())["test_accuracy"]
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"{folder} holds no finished run ({e}): {anew}") from None
-        if not run.diverged and not run.metric:
-            raise UserError(f"{folder} ended without an evaluation: {anew}")
-        return run
+        if run.diverged or (run.metric and COSTS <= run.records[-1].keys()):
+            return run
+        raise UserError(f"the last record of {folder} is no evaluation of this version: {anew}")
 
     @property
     def seed(self) -> int:
@@ -122,10 +123,13 @@ def read_records(folder: Path) -> list[dict]:
         if not line.endswith("\n"):
             break  # a run that is writing, or was killed while it wrote
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}: line {number} is damaged: leave this run out, "
-                            "or train it anew") from None
+            record = json.loads(line)
+            if not {"step", "elapsed_s"} <= record.keys():
+                raise ValueError
+            records.append(record)
+        except (ValueError, AttributeError):
+            raise UserError(f"{path}: line {number} is damaged or of another version: "
+                            "leave this run out, or train it anew") from None
     return records
 
 

@@ -1,4 +1,5 @@
 """compare.py: pairs are exact, nothing mixes, nothing is dropped. `fake` runs stand for training where only the comparison is tested."""
+import errno
 import fcntl
 import json
 import os
@@ -6,6 +7,7 @@ import signal
 import statistics
 import sys
 import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -291,6 +293,39 @@ def test_a_signal_lets_the_runs_save(number, code, study, tmp_path, monkeypatch)
     assert code == 0 and "--init_from=auto" in (folders(tmp_path / "out")[2] / "started.txt").read_text()
 
 
+def test_a_full_disk(study, tmp_path, monkeypatch):
+    write_text = Path.write_text
+
+    def full(self, *arguments, **options):
+        if self.name in names:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(self, *arguments, **options)
+    monkeypatch.setattr(Path, "write_text", full)
+    for names in ["record.tmp"], ["compare.md"]:
+        said = error(study("--vary", "precond_power=0,1", "--seeds=2")[0])
+        assert f"cannot write to {tmp_path / 'out'}: No space left on device. Type the same" in said
+    names = []
+    assert study("--vary", "precond_power=0,1", "--seeds=2")[0][0] == 0
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("metrics.jsonl", None, "holds no finished run"),
+    ("metrics.jsonl", "", "is no evaluation of this version"),
+    ("metrics.jsonl", '{"step": 6, "elapsed_s": 3, "val_loss": 2}\n', "is no evaluation of this version"),
+    ("metrics.jsonl", '{"step": 6, "val_loss": 2}\n', "line 1 is damaged or of another version"),
+    ("record.json", "[]", "holds no finished run"),
+    ("record.json", "{}", "holds no finished run"),
+    ("test.json", "{}", "holds no finished run")])
+def test_files_of_a_finished_run_that_are_gone_or_others(name, content, said, study, tmp_path):
+    study("--vary", "precond_power=0,1", "--seeds=2")
+    path = folders(tmp_path / "out")[0] / name
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_text(content)
+    said = said.replace("holds", f"{path.parent} holds")
+    assert said in error(study("--vary", "precond_power=0,1", "--seeds=2")[0])
+
+
 def test_one_comparison_at_a_time_in_a_folder(study, tmp_path):
     (tmp_path / "out").mkdir()
     with open(tmp_path / "out/lock", "w") as lock:
@@ -355,6 +390,8 @@ VARY = ["--vary", "precond=False,True"]
     (["--vary", "precond=False,maybe"], "is not of type bool"),
     (["--vary", "precond"], "write --vary KEY=VALUE,VALUE"),
     (["--vary"], "needs a value"),
+    (["--vary", "=1,2"], "write --vary KEY=VALUE,VALUE"),
+    (["--arm", "on: =1", *VARY], "'=1' is not KEY=VALUE"),
     (["--vary", "n_head=4,3"], "does not divide"),
     (["--arm", "off: precond=False"], "nothing to compare"),
     ([], "nothing to compare"),
@@ -375,9 +412,13 @@ VARY = ["--vary", "precond=False,True"]
     (["--vary", "batch_size=4,12"], "batch_size x eval_iters would be 400 or 1200"),
     (["--tune", "learning_rate=1,2", "--first_seed=100000", *VARY], "must not reach those of --tune"),
     (["--device=cuda:77", *VARY], "asked for, but"),
+    (["--out_dir=", *VARY], "--out_dir= is empty"),
+    (["--first_seed=-1", *VARY], "first_seed=-1 must be in [0, 4294967296)"),
+    (["--first_seed=4294967295", *VARY], "the last seed=4294967299 must be in"),
+    (["--first_seed=99999999999999999999999", *VARY], "must be in"),
 ])
 def test_mistakes_end_in_one_line(arguments, said, call, tmp_path):
-    assert said in error(call(compare, "train.py", *arguments, f"--out_dir={tmp_path / 'out'}"))
+    assert said in error(call(compare, "train.py", f"--out_dir={tmp_path / 'out'}", *arguments))
     assert not (tmp_path / "out").exists()
 
 

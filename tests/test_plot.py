@@ -322,7 +322,7 @@ def test_a_comparison_is_what_its_report_compares(tmp_path, call):
     folders = {arm: [tmp_path / "runs" / name for name in names] for arm, names in runs.items()}
     assert group([tmp_path]) == folders and group([tmp_path], "a,b") == {
         "a": folders["off"], "b": folders["on"]}
-    code, out, _ = call(plot, tmp_path, "--x=tokens")
+    code, out, _ = call(plot, tmp_path, "--x=tokens", "--labels=$a{$,b")  # no formula
     assert code == 0 and f"{tmp_path}/validation.png" in out.splitlines()
 
 
@@ -339,7 +339,10 @@ def test_folders_that_hold_no_run(tmp_path, call):
     invent(tmp_path / "comparison" / "runs" / "one")
     hint = f"It holds a comparison without a report: draw {tmp_path / 'comparison' / 'runs'}/*"
     assert hint in error(call(plot, tmp_path / "comparison"))
-    for content, said in ("", "nothing to draw yet"), ("{}\nnonsense\n", "line 2 is damaged"), (b"\xff".decode("latin-1"), "damaged"):
+    for content, said in (
+            ("", "nothing to draw yet"), ("\xff", "damaged"),
+            ('{"step": 0, "elapsed_s": 0}\nnonsense\n', "line 2 is damaged"),
+            ('{"step": 0}\n', "line 1 is damaged or of another version"), ("[0]\n", "line 1 is")):
         (run / "metrics.jsonl").write_text(content, encoding="latin-1")
         assert said in error(call(plot, run))
     (run / "config.toml").write_text("n_layer = 2\n")
