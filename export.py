@@ -17,6 +17,7 @@ import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch 
 # isort: split
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,7 +26,7 @@ import torch
 
 from data.tokenizers import Tokenizer, load_tokenizer
 from engine import checkpoint, options
-from engine.options import UserError
+from engine.options import UserError, not_empty
 from engine.pretrained import check_tokenizer, from_checkpoint, hugging_face_name, read_config
 from model import GPT, ModelConfig
 
@@ -34,7 +35,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass
 class Config(options.Options):
-    out_dir: Annotated[str, "folder of the run"] = "out"
+    out_dir: Annotated[str, "folder of the run", not_empty] = "out"
     ckpt: Annotated[Literal["best", "latest"],
                     "best: the lowest validation loss, where it is kept; or the latest"] = "best"
     to: Annotated[str, "folder to write; empty: hf in out_dir"] = ""
@@ -55,6 +56,7 @@ def write(saved: dict, folder: Path, overwrite: bool = False) -> dict | None:
     tokenizer = load_tokenizer(saved["task"]["tokenizer"])
     check_tokenizer(tokenizer, vocab_size)
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
         files = describe(config, vocab_size, precond, tokenizer)
     except ImportError:
@@ -66,14 +68,19 @@ def write(saved: dict, folder: Path, overwrite: bool = False) -> dict | None:
         if any(folder.iterdir()) and not overwrite:
             raise UserError(f"{folder} is not empty: choose another folder with --to=FOLDER, or "
                             "replace the export in it with --overwrite")
-        for name in (WEIGHTS, *files):
-            (folder / name).unlink(missing_ok=True)
-        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-        for name, content in files.items():
-            written = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (folder / name).write_text(written, encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"cannot write to {folder}: {e.strerror or e}") from None
+        # All is written before anything of an earlier export is replaced.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as made:
+            made = Path(made)
+            save_file(weights, made / WEIGHTS, metadata={"format": "pt"})
+            for name, content in files.items():
+                written = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+                (made / name).write_text(written, encoding="utf-8")
+            (folder / "config.json").unlink(missing_ok=True)
+            for name in (WEIGHTS, *files):
+                (made / name).replace(folder / name)
+    except (OSError, SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"cannot write to {folder}: {reason}") from None
     return precond
 
 
@@ -188,7 +195,7 @@ def main():
         implementation = ', attn_implementation="preconditioned"'
     print(f"""wrote step {saved['step']} of {run} to {folder}. Load it with
   {imports}
-  model = transformers.AutoModelForCausalLM.from_pretrained("{folder}"{implementation})""")
+  model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}{implementation})""")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """Exported checkpoints in transformers: the same logits, greedy text and token ids; and back."""
 import json
 import os
+import resource
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import torch
 import export
 import precond
 import train
-from conftest import SMALL, error, read_metrics
+from conftest import ROOT, SMALL, error, read_metrics
 from data import tokenizers
 from engine import checkpoint, pretrained
 from engine.options import DataError, UserError
@@ -210,6 +213,26 @@ def test_what_does_not_go_with_an_export_is_refused(corpus, tmp_path, call):
         assert words in error(call(train, *corpus, *more))
 
 
+def limited(blocks):
+    """Files longer than this many KiB cannot be written: a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (blocks * 1024, blocks * 1024))
+
+
+@pytest.mark.parametrize("blocks", [4, 64])
+def test_a_full_disk(tmp_path, blocks):
+    """One line, and the earlier export stays whole."""
+    torch.save(saved(n_embd=64, n_head=2), tmp_path / "ckpt.pt")
+    command = [sys.executable, "-B", "export.py", f"--out_dir={tmp_path}", "--overwrite"]
+    assert subprocess.run(command, cwd=ROOT, check=True).returncode == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          preexec_fn=lambda: limited(blocks))
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"export.py: error: cannot write to {tmp_path / 'hf'}: ")
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+
+
 def test_mistakes(tmp_path, call):
     assert "no checkpoint" in error(call(export, f"--out_dir={tmp_path}"))
     torch.save({"config": {}, "task": {}, "model": {}, "step": 1}, tmp_path / "ckpt.pt")
@@ -218,3 +241,5 @@ def test_mistakes(tmp_path, call):
     (tmp_path / "file").write_text("")
     message = error(call(export, f"--out_dir={tmp_path}", f"--to={tmp_path / 'file'}"))
     assert "cannot write to" in message
+    message = error(call(export, f"--out_dir={tmp_path / 'ckpt.pt'}"))
+    assert f"--out_dir is the folder of a run, here {tmp_path}" in message
