@@ -28,6 +28,7 @@ SYMBOLS = [*"0123456789", "[MIN", "[MAX", "[MED", "[SM", "]"]
 MIN, MAX, MED, SM, CLOSE = range(10, 15)
 P_OPERATOR = 0.25
 CHUNK = 16_384  # candidate trees drawn together
+LONGEST = 65_536  # tokens of a tree: a chunk of such candidates takes about two gigabytes
 HOPELESS = 100  # chunks without a new tree before giving up
 _IDS = {symbol: i for i, symbol in enumerate(SYMBOLS)}
 
@@ -43,12 +44,14 @@ def generate(n: int, *, max_depth: int = 10, max_args: int = 10, min_length: int
     (trees within the lengths that were had before or excluded), mean_length, median_length.
     Raises DataError where the options are impossible or there are not n such trees to be found.
     """
-    for name, value, least in (("n", n, 1), ("max_depth", max_depth, 1), ("max_args", max_args, 2),
-                               ("min_length", min_length, 0),
-                               ("max_length", max_length, min_length + 2)):
-        if not isinstance(value, Integral) or value < least:
+    for name, value, least, most in (
+            ("n", n, 1, 2**32), ("max_depth", max_depth, 1, LONGEST),
+            ("max_args", max_args, 2, LONGEST), ("min_length", min_length, 0, LONGEST),
+            ("max_length", max_length, min_length + 2, LONGEST)):
+        if not isinstance(value, Integral) or not least <= value <= most:
             why = " (min_length + 2)" if name == "max_length" else ""
-            raise DataError(f"listops: {name}={value} must be an integer of at least {least}{why}")
+            raise DataError(f"listops: {name}={value} must be an integer of at least {least}{why}, "
+                            f"at most {most}")
     trees = {}  # the bytes of each, in the order of drawing, with its value
     chunks = accepted = duplicates = barren = 0
     with tqdm(total=n, unit=" trees", disable=None if progress else True) as bar:
@@ -97,6 +100,8 @@ def _draw(rng, max_depth: int, max_args: int, min_length: int, max_length: int):
     tree = np.arange(CHUNK)  # for each node of this depth the candidate it belongs to, in order
     length = np.zeros(CHUNK)
     for depth in range(1, max_depth + 1):
+        if not len(tree):
+            break
         arity = np.zeros(len(tree), np.int64)  # 0: a digit
         if depth < max_depth:
             operators = np.flatnonzero(rng.random(len(tree)) < P_OPERATOR)

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import torch
 
 if not __package__:  # run as a script: the project's root is not on the path then
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,7 +33,8 @@ from data import listops
 from data.archives import DAMAGED, find
 from data.folders import check, checksums, ensure, read_meta
 from data.lra_sources import SPLITS, TASKS, samples
-from engine.options import DataError
+from engine import options
+from engine.options import DataError, UserError
 
 
 def prepare(task: str, data_dir: str | Path = "data", *, source: str | Path | None = None,
@@ -52,6 +52,8 @@ def prepare(task: str, data_dir: str | Path = "data", *, source: str | Path | No
     <split>_offsets.npy, int64, and <split>_labels.npy, uint8 (retrieval: tokens1, offsets1,
     tokens2, offsets2), and a meta.json for all. Raises DataError.
     """
+    if not str(data_dir):
+        raise DataError("data_dir is empty: name a folder, such as data")
     parameters = _parameters(task, source, block_size, seed, generate)
     text = json.dumps(parameters, sort_keys=True)
     folder = Path(data_dir) / f"lra_{task}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
@@ -72,11 +74,15 @@ def _parameters(task, source, block_size, seed, generate) -> dict:
     block_size = spec.block_size if block_size is None else block_size
     if block_size < 1:
         raise DataError(f"{task}: block_size={block_size} must be at least 1")
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise DataError(f"{task}: seed={seed} must be in [0, 4294967296)")
+    if source is not None and not str(source):
+        raise DataError(f"{task}: the source is empty: give its path, or leave the option out")
     generated = spec.generate and source is None
     if generated:
         generate = {**dict(zip(SPLITS, spec.counts)), **(generate or {})}
         for split in SPLITS:
-            if not isinstance(generate[split], int) or generate[split] < 1:
+            if type(generate[split]) is not int or generate[split] < 1:
                 raise DataError(f"{task}: {split}={generate[split]} must be a number of samples, "
                                 "at least 1")
     elif generate:
@@ -258,12 +264,14 @@ class Split:
         """tokens, offsets, labels (of the first tower), as listops' functions take them."""
         return *self._sequences[0], self.labels
 
-    def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Samples `indices` (B) -> x int64 (B, T), mask bool (B, T), y int64 (B).
+    def batch(self, indices) -> tuple:
+        """Samples `indices` (B) -> tensors x int64 (B, T), mask bool (B, T), y int64 (B).
 
         mask: True = a real token; x is 0 elsewhere. T is the longest of the batch. retrieval: x and
         mask are (B, 2, T).
         """
+        import torch  # loading it takes seconds, which the command above needs not spend
+
         indices = np.asarray(indices)
         starts = np.stack([offsets[indices] for _, offsets in self._sequences], 1)  # (B, towers)
         ends = np.stack([offsets[indices + 1] for _, offsets in self._sequences], 1)
@@ -301,21 +309,18 @@ def main(arguments=None):
                         "that the release does not fix (default: 0)")
     parser.add_argument("--generate", nargs="+", metavar="NAME=NUMBER", default=[],
                         help="train=, val=, test=: how many samples; and options of the generator")
-    options = parser.parse_args(arguments)
+    typed = parser.parse_args(arguments)
     generate = {}
-    for pair in options.generate:
+    for pair in typed.generate:
         name, _, value = pair.partition("=")
         try:
             generate[name] = json.loads(value)
         except ValueError:
-            parser.error("--generate takes NAME=NUMBER, such as "
-                         "--generate train=1000 max_length=128")
-    try:
-        folder = prepare(options.task, options.data_dir, source=options.source,
-                         block_size=options.block_size, seed=options.seed, generate=generate)
-        meta, _ = load(folder)
-    except DataError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+            raise UserError(f"--generate {pair[:60]}: it takes NAME=NUMBER, such as "
+                            "--generate train=1000 max_length=128") from None
+    folder = prepare(typed.task, typed.data_dir, source=typed.source, block_size=typed.block_size,
+                     seed=typed.seed, generate=generate)
+    meta, _ = load(folder)
     print(folder)
     names = {"majority": "label", "root": "label of the root operator"}
     for name, accuracy in meta["baselines"].items():
@@ -324,4 +329,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="replace")  # a path may hold what the terminal cannot show
+    options.run(main)

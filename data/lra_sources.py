@@ -55,8 +55,8 @@ def _generate_listops(task, seed, counts, options, block_size):
 
 def _generate_pathfinder(task, seed, counts, options, block_size):
     _check_options(task, options, [field.name for field in fields(pathfinder.Geometry)])
-    options = {"size": 32 if task == "pathfinder" else 128, **options}
-    pixels = options["size"] ** 2
+    options = {"size": round(TASKS[task].pixels ** 0.5), **options}
+    pixels = pathfinder.geometry_of(**options).size ** 2
     _check_size(task, pixels, block_size)
     at_once = max(1, GENERATED_AT_ONCE // pixels)
     for split, count in counts.items():
@@ -74,7 +74,7 @@ def _seed(seed: int, split: str, first=0) -> int:
 
 def _check_options(task: str, options: dict, known: list[str]):
     for name, value in options.items():
-        if name not in known or not isinstance(value, int | float):
+        if name not in known or type(value) not in (int, float):
             raise DataError(f"{task}: no option {name}={value!r}; take train, val, test, "
                             f"{', '.join(known)}, each a number")
 

@@ -12,6 +12,9 @@ import numpy as np
 
 from engine.options import DataError
 
+SMALLEST = 0.01  # real number; far below, dividing by it overflows
+LARGEST = {"size": 4096, "paddle_length": 64, "margin": 64, "antialias": 16}  # others: 1024
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -36,15 +39,16 @@ class Geometry:
             name, value = field.name, getattr(self, field.name)
             if field.type is float:
                 most = 1 if "contrast" in name else self.size
-                if not isinstance(value, (int, float)) or not 0 < value <= most:
-                    raise DataError(f"pathfinder: {name} is {value!r}, needs a number above 0, "
-                                    f"at most {most}")
+                if not isinstance(value, (int, float)) or not SMALLEST <= value <= most:
+                    raise DataError(f"pathfinder: {name} is {value!r}, needs a number, "
+                                    f"at least {SMALLEST}, at most {most}")
                 continue
             least = {"contour_length": 2, "distractors": 0, "distractor_length": 0}.get(name, 1)
+            most = LARGEST.get(name, 1024)
             for number in value if name == "margin" else [value]:
-                if not isinstance(number, int) or number < least:
+                if not isinstance(number, int) or not least <= number <= most:
                     raise DataError(f"pathfinder: {name} is {number!r}, needs a whole number, "
-                                    f"at least {least}")
+                                    f"at least {least}, at most {most}")
         if self.size <= 4 * self.seed_distance:
             raise DataError(f"pathfinder: size is {self.size}, needs more than "
                             f"4 * seed_distance = {4 * self.seed_distance}")

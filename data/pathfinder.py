@@ -29,7 +29,9 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -53,37 +55,47 @@ RELEASED = {
 }
 
 
+def geometry_of(size: int, **options) -> Geometry:
+    """The released task's of this size, or Pathfinder-32's, but for `options`. Raises DataError."""
+    known = Geometry.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise DataError(f"pathfinder: unknown option {name}; take one of {', '.join(known)}")
+    released = RELEASED.get(size, Geometry())
+    return replace(released, size=size, **{"distractor_length": 0, **options})
+
+
 def generate(n: int, *, size: int = 32, seed: int, workers: int | None = None,
-             progress: bool = True, **geometry) -> tuple[np.ndarray, np.ndarray]:
+             progress: bool = True, **options) -> tuple[np.ndarray, np.ndarray]:
     """n images (n, size, size) uint8 and their labels (n,) uint8, a fair coin each.
 
-    Image i depends on i, seed, size and geometry alone.
-    geometry: fields of Geometry that differ from the released task of this size (from
-        Pathfinder-32's for sizes without one).
+    Image i depends on i, seed, size and options alone.
+    options: fields of Geometry, see `geometry_of`.
     workers: processes, None for one per core; more than one are spawned, so a script that calls
         this needs its __main__ guard.
     progress: show a bar, on a terminal.
     Raises DataError where the geometry is impossible.
     """
-    known = Geometry.__dataclass_fields__
-    for name in geometry:
-        if name not in known:
-            raise DataError(f"pathfinder: unknown option {name}; take one of {', '.join(known)}")
-    released = RELEASED.get(size, Geometry())
-    geometry = replace(released, size=size, **{"distractor_length": 0, **geometry})
+    geometry = geometry_of(size, **options)
     jobs = [(geometry, seed, range(first, min(first + CHUNK, n))) for first in range(0, n, CHUNK)]
     images = np.empty((n, size, size), np.uint8)
     labels = np.empty(n, np.uint8)
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     pool = nullcontext()
     if workers > 1:  # spawned, because forking a process that runs torch's threads may hang
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+        # Ctrl-C reaches all processes of a terminal: this one answers it
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
+                                   signal.signal, (signal.SIGINT, signal.SIG_IGN))
     bar = tqdm(total=n, desc="pathfinder", unit="image", disable=None if progress else True)
-    with pool, bar:
-        chunks = pool.map(_draw_chunk, jobs) if workers > 1 else map(_draw_chunk, jobs)
-        for (_, _, indices), chunk in zip(jobs, chunks):
-            images[indices.start:indices.stop], labels[indices.start:indices.stop] = chunk
-            bar.update(len(indices))
+    try:
+        with pool, bar:
+            chunks = pool.map(_draw_chunk, jobs) if workers > 1 else map(_draw_chunk, jobs)
+            for (_, _, indices), chunk in zip(jobs, chunks):
+                images[indices.start:indices.stop], labels[indices.start:indices.stop] = chunk
+                bar.update(len(indices))
+    except BrokenProcessPool:
+        raise DataError("pathfinder: a process that draws images was killed, perhaps for want of "
+                        "memory: free some and try again") from None
     return images, labels
 
 

@@ -145,6 +145,9 @@ def test_baselines_by_hand():
     (dict(max_args=1), "max_args=1 must be an integer of at least 2"),
     (dict(min_length=10, max_length=11), "max_length=11 must be an integer of at least 12"),
     (dict(max_depth=2.5), "max_depth=2.5"),
+    (dict(max_args=10**30), "max_args=10{30} must be an integer of at least 2, at most 65536"),
+    (dict(max_depth=10**9), "max_depth=1000000000 must be"),
+    (dict(max_length=10**9), "max_length=1000000000 must be"),
     (dict(max_depth=1), "found 0 of 20 distinct trees with 500 < length < 2000"),
     (dict(min_length=0, max_length=2), "found 10 of 20"),  # the ten digits
 ])

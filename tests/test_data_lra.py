@@ -1,5 +1,7 @@
 """data/lra.py: prepared folders are complete and not mistaken for others, batches, the command."""
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ import torch
 from data import listops
 from data.folders import ensure
 from data.lra import SPLITS, Split, load, main, prepare
+from engine import options
 from engine.options import DataError
 from lra_archives import stored
 
@@ -174,6 +177,16 @@ def test_batch_against_the_arrays(tmp_path):
     (["listops", "--generate", "trees=5"], "no option trees=5; take train, val, test, max_depth"),
     (["listops", "--generate", "max_args=1"], "max_args=1 must be"),
     (["listops", "--generate", "max_args"], "takes NAME=NUMBER"),
+    (["listops", "--generate", "train=true"], "train=True must be a number of samples"),
+    (["listops", "--generate", "max_depth=true"], "no option max_depth=True"),
+    (["listops", "--generate", "max_depth=NaN"], "max_depth=nan must be an integer"),
+    (["listops", "--generate", "max_depth=[2]"], "no option max_depth=[2]"),
+    (["pathfinder", "--generate", "size=2.5"], "size is 2.5, needs a whole number"),
+    (["pathfinder", "--generate", "size=64"], "images of 4096 pixels need block_size of at least"),
+    (["listops", "--seed=-1"], "seed=-1 must be in [0, 4294967296)"),
+    (["listops", "--seed=99999999999999999999"], "seed=99999999999999999999 must be in"),
+    (["listops", "--source="], "the source is empty"),
+    (["listops", "--data_dir="], "data_dir is empty"),
     (["image", "--generate", "train=5"], "train mean nothing here"),
     (["listops", "--source=x", "--generate", "train=5"], "leave the source out"),
     (["retrieval"], "download lra_release.gz (7.7 GiB) "
@@ -182,8 +195,10 @@ def test_batch_against_the_arrays(tmp_path):
 ])
 def test_mistakes_are_one_line_and_exit_2(tmp_path, capsys, arguments, words):
     with pytest.raises(SystemExit) as end:
-        main([*arguments, f"--data_dir={tmp_path}"])
-    assert end.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+        options.run(lambda: main([f"--data_dir={tmp_path}", *arguments]))
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and words in lines[0] and len(lines) == 1
+    assert not list(tmp_path.glob("lra*"))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -202,3 +217,31 @@ def test_command_line_as_a_script(tmp_path):
     folder = Path(done.stdout.splitlines()[2])
     assert json.loads((folder / "meta.json").read_text())["counts"]["train"] == 40
     assert "root operator" in done.stdout and isinstance(Split(folder, "val"), Split)
+
+
+def test_the_script_needs_no_torch():
+    script = Path(__file__).parents[1] / "data" / "lra.py"
+    code = f"""if True:
+        import runpy, sys
+        sys.argv = ["lra.py", "lisops"]
+        try:
+            runpy.run_path({str(script)!r}, run_name="__main__")
+        finally:
+            print("torch" in sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False"] and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
+    """Ctrl-C, which a terminal sends to all processes at once."""
+    script = Path(__file__).parents[1] / "data" / "lra.py"
+    command = [sys.executable, str(script), "pathfinder", f"--data_dir={tmp_path}"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             start_new_session=True)
+    assert "preparing pathfinder" in child.stdout.readline()
+    time.sleep(4)  # until images are drawn
+    os.killpg(child.pid, signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err.split()) == (130, ["interrupted"])
+    assert not list(tmp_path.glob("lra*"))

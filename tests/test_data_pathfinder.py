@@ -152,6 +152,17 @@ def test_workers_start_from_a_script_that_runs_torch(tmp_path):
     assert done.stdout.strip() == "(300, 32, 32)", done.stderr
 
 
+def die(job):
+    os._exit(9)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_one_line(monkeypatch):
+    monkeypatch.setattr("data.pathfinder._draw_chunk", die)
+    with pytest.raises(DataError, match="a process that draws images was killed"):
+        generate(300, seed=0, workers=2, progress=False)
+
+
 def test_path_x_and_easy_presets():
     images, labels = generate(2, size=128, seed=0, workers=1)
     assert images.shape == (2, 128, 128) and images.max() == 255
@@ -169,7 +180,12 @@ def test_path_x_and_easy_presets():
     (dict(contour_length=1), "contour_length is 1, needs a whole number, at least 2"),
     (dict(contour_length="14"), "contour_length is '14'"),
     (dict(margin=[1, 0]), "margin is 0"),
-    (dict(contrast=2), "contrast is 2, needs a number above 0, at most 1"),
+    (dict(contrast=2), "contrast is 2, needs a number, at least 0.01, at most 1"),
+    (dict(contrast=float("nan")), "contrast is nan, needs a number"),
+    (dict(thickness=1e-320), "thickness is 1e-320, needs a number, at least 0.01"),
+    (dict(size=2.5), "size is 2.5, needs a whole number"),
+    (dict(paddle_length=10**6), "paddle_length is 1000000, needs a whole number, at least 1, at "),
+    (dict(distractors=10**9), "distractors is 1000000000, needs a whole number, at least 0, at m"),
     (dict(paddle=3), "unknown option paddle"),
 ])
 def test_impossible_geometry_is_one_line(options, words, monkeypatch):
