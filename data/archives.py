@@ -21,7 +21,7 @@ from engine.options import DataError
 
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError)  # reading a broken archive
 INFLATED = 2**26  # bytes that any archive may inflate to, beside 100 times its own size
-LEFT_BEHIND = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini")  # in any case
+LEFT_BEHIND = ("__macosx", "thumbs.db", "desktop.ini")  # in any case
 LONGEST_LINE = 2**26  # bytes: a longer "line" is no line of a release, and would fill the memory
 
 

@@ -34,12 +34,12 @@ _IDS = {symbol: i for i, symbol in enumerate(SYMBOLS)}
 
 
 def generate(n: int, *, max_depth: int = 10, max_args: int = 10, min_length: int = 500,
-             max_length: int = 2000, seed: int, progress: bool = True,
-             exclude=frozenset()) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
+             max_length: int = 2000, seed: int, exclude=frozenset(),
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
     """n distinct trees: tokens uint8 (all trees one after the other), offsets int64 (n + 1),
     labels uint8 (n), statistics.
 
-    progress: show a bar, on a terminal. exclude: trees to leave out, a set of the bytes of each.
+    exclude: trees to leave out, a set of the bytes of each.
     Statistics: candidates (trees drawn), acceptance (share of them within the lengths), duplicates
     (trees within the lengths that were had before or excluded), mean_length, median_length.
     Raises DataError where the options are impossible or there are not n such trees to be found.
@@ -54,7 +54,7 @@ def generate(n: int, *, max_depth: int = 10, max_args: int = 10, min_length: int
                             f"at most {most}")
     trees = {}  # the bytes of each, in the order of drawing, with its value
     chunks = accepted = duplicates = barren = 0
-    with tqdm(total=n, unit=" trees", disable=None if progress else True) as bar:
+    with tqdm(total=n, unit=" trees", disable=None) as bar:
         while len(trees) < n:
             rng = np.random.default_rng([seed, chunks])
             tokens, offsets, values = _draw(rng, max_depth, max_args, min_length, max_length)
@@ -172,7 +172,7 @@ def tokenize(text: str) -> np.ndarray:
         symbols = text.replace("(", " ").replace(")", " ").split()
         return np.array([_IDS[symbol] for symbol in symbols], np.uint8)
     except KeyError as error:
-        raise DataError(f"ListOps text holds the unknown symbol {error}; "
+        raise DataError(f"ListOps text holds the unknown symbol {str(error)[:60]}; "
                         f"symbols are ( ) {' '.join(SYMBOLS)}") from None
 
 

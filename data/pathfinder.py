@@ -66,14 +66,13 @@ def geometry_of(size: int, **options) -> Geometry:
 
 
 def generate(n: int, *, size: int = 32, seed: int, workers: int | None = None,
-             progress: bool = True, **options) -> tuple[np.ndarray, np.ndarray]:
+             **options) -> tuple[np.ndarray, np.ndarray]:
     """n images (n, size, size) uint8 and their labels (n,) uint8, a fair coin each.
 
     Image i depends on i, seed, size and options alone.
     options: fields of Geometry, see `geometry_of`.
     workers: processes, None for one per core; more than one are spawned, so a script that calls
         this needs its __main__ guard.
-    progress: show a bar, on a terminal.
     Raises DataError where the geometry is impossible.
     """
     geometry = geometry_of(size, **options)
@@ -86,7 +85,7 @@ def generate(n: int, *, size: int = 32, seed: int, workers: int | None = None,
         # Ctrl-C reaches all processes of a terminal: this one answers it
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
                                    signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    bar = tqdm(total=n, desc="pathfinder", unit="image", disable=None if progress else True)
+    bar = tqdm(total=n, desc="pathfinder", unit="image", disable=None)
     try:
         with pool, bar:
             chunks = pool.map(_draw_chunk, jobs) if workers > 1 else map(_draw_chunk, jobs)

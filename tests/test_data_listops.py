@@ -35,7 +35,7 @@ def read(symbols):
 
 @pytest.fixture(scope="module")
 def full():
-    return generate(3000, seed=1, progress=False)
+    return generate(3000, seed=1)
 
 
 def test_values_shapes_and_lengths_of_the_default_trees(full):
@@ -87,7 +87,7 @@ def test_small_trees_follow_the_recursive_distribution():
 
     reference = [tree for tree in (draw(1) for _ in range(200_000)) if 7 < size(tree) < 30]
     tokens, offsets, _, stats = generate(10_000, max_depth=4, max_args=3, min_length=7,
-                                         max_length=30, seed=3, progress=False)
+                                         max_length=30, seed=3)
     assert stats["acceptance"] == pytest.approx(len(reference) / 200_000, rel=0.04)
     assert stats["duplicates"] < 100
     ours, theirs = np.diff(offsets), np.array([size(tree) for tree in reference])
@@ -103,7 +103,7 @@ def test_small_trees_follow_the_recursive_distribution():
 
 
 def test_seeded_distinct_and_excluding():
-    options = dict(min_length=2, max_length=12, max_depth=3, max_args=3, progress=False)
+    options = dict(min_length=2, max_length=12, max_depth=3, max_args=3)
     first = generate(3000, seed=5, **options)
     assert all((a == b).all() for a, b in zip(first[:3], generate(3000, seed=5, **options)[:3]))
     ours = {tree.tobytes() for tree in trees(*first[:2])}
@@ -153,5 +153,5 @@ def test_baselines_by_hand():
 ])
 def test_impossible_options_are_one_line(options, words):
     with pytest.raises(DataError, match=words) as error:
-        generate(20, seed=0, progress=False, **options)
+        generate(20, seed=0, **options)
     assert "\n" not in str(error.value)

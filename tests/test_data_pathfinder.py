@@ -20,7 +20,7 @@ from engine.options import DataError
 
 @pytest.fixture(scope="module")
 def images_and_labels():
-    return generate(1200, seed=1, workers=2, progress=False)
+    return generate(1200, seed=1, workers=2)
 
 
 def scenes(n, size, margin):
@@ -128,7 +128,7 @@ def test_label_does_not_leak_into_pixel_statistics(images_and_labels):
 
 
 def test_same_images_for_any_number_of_workers():
-    n, easy = CHUNK + 30, dict(contour_length=5, distractors=1, progress=False)
+    n, easy = CHUNK + 30, dict(contour_length=5, distractors=1)
     one, two, fewer = (generate(count, seed=3, workers=workers, **easy)
                        for count, workers in ((n, 1), (n, 2), (5, 1)))
     assert all((a == b).all() for a, b in zip(one, two))
@@ -160,7 +160,7 @@ def die(job):
 def test_a_killed_worker_is_one_line(monkeypatch):
     monkeypatch.setattr("data.pathfinder._draw_chunk", die)
     with pytest.raises(DataError, match="a process that draws images was killed"):
-        generate(300, seed=0, workers=2, progress=False)
+        generate(300, seed=0, workers=2)
 
 
 def test_path_x_and_easy_presets():
