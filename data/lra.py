@@ -21,6 +21,7 @@ import hashlib
 import json
 import shutil
 import sys
+import tokenize
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -35,6 +36,10 @@ from data.folders import check, checksums, ensure, read_meta
 from data.lra_sources import SPLITS, TASKS, samples
 from engine import options
 from engine.options import DataError, UserError
+
+# what arrays with a damaged header, and a meta.json with values of wrong types, raise
+UNREADABLE = (OSError, EOFError, SyntaxError, tokenize.TokenError, AttributeError, KeyError,
+              TypeError, ValueError)
 
 
 def prepare(task: str, data_dir: str | Path = "data", *, source: str | Path | None = None,
@@ -223,7 +228,7 @@ def load(folder: str | Path) -> tuple[dict, dict[str, "Split"]]:
                 raise ValueError(f"{name} in meta.json is not {fact}")
         if any(type(meta["cut"][split]) is not int for split in SPLITS):
             raise TypeError("cut in meta.json is no number for each split")
-    except (OSError, EOFError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{folder} is not a prepared folder ({error}): delete it and prepare it "
                         "again") from None
     return meta, splits

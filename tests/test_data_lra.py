@@ -128,6 +128,11 @@ def test_an_array_overwritten_in_place_is_noticed(tmp_path, name, index, value, 
             load(folder)
     overwrite(folder / f"{name}.npy", index, before)
     assert load(folder)[0] == meta
+    damaged = bytearray((folder / f"{name}.npy").read_bytes())
+    damaged[10] = ord("(")  # of the header: numpy's parser raises a TokenError
+    (folder / f"{name}.npy").write_bytes(damaged)
+    with pytest.raises(DataError, match="is not a prepared folder"):
+        load(folder)
 
 
 @pytest.mark.parametrize("change", [
