@@ -13,7 +13,6 @@ Attention: Enhancing Efficiency in Transformers", AISTATS 2026, arXiv 2603.27153
 
 This file needs nothing but PyTorch: take it along.
 """
-import math
 import warnings
 from contextlib import contextmanager
 
@@ -88,35 +87,6 @@ def condition_number(a: torch.Tensor) -> torch.Tensor:
     largest, smallest = s[..., 0], s[..., -1]
     kappa = torch.where(smallest <= 2.0**-23 * largest, torch.inf, largest / smallest)
     return torch.where(finite, kappa, torch.nan).float()
-
-
-def kappa_by_layer(forward, would_be: dict | None = None) -> dict[str, list]:
-    """Condition numbers of the head outputs in one forward pass, as lists over layers.
-
-    forward() runs the model and returns a (B, T) bool mask of the real tokens, the only rows that
-    count, or None. kappa_before and kappa_after are medians of kappa(A) and kappa(C A) over samples
-    and heads, None where that is infinite; kappa_*_infinite counts the infinite ones. would_be, for
-    a model without C: arguments of `precondition` for the C that kappa_after is to have.
-    """
-    with torch.no_grad(), record() as calls:
-        mask = forward()
-    names = ("before", "after", "before_infinite", "after_infinite")
-    result = {f"kappa_{name}": [] for name in names}
-    for a, ca in calls:
-        if would_be is not None:
-            ca = precondition(a, **would_be)
-        for name, x in ("kappa_before", a), ("kappa_after", ca):
-            if mask is None:
-                kappa = condition_number(x).flatten()
-            else:
-                # Samples differ in their number of real tokens: (n_head, t, D) each.
-                samples = [sample[:, real] for sample, real in zip(x, mask)]
-                kappa = torch.cat([condition_number(sample) for sample in samples])
-            # A mean would be infinite as soon as one head is: count those, and take the median.
-            median = kappa.median().item()
-            result[name].append(median if math.isfinite(median) else None)
-            result[f"{name}_infinite"].append(int(kappa.isinf().sum()))
-    return result
 
 
 # From here on: drop-ins for models that are not this project's.

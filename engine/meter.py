@@ -1,11 +1,12 @@
-"""What training does between two records: sums, seconds, tokens, and whether it is finite."""
+"""What a run measures: sums, seconds and tokens between two records, and kappa by layer."""
+import math
 import time
 
 import torch
 
 from engine.device import Compute
 from engine.precond_config import PrecondConfig
-from precond import kappa_by_layer
+from precond import condition_number, precondition, record
 
 
 class Meter:
@@ -98,4 +99,33 @@ def measure_kappa(config: PrecondConfig, task, model: torch.nn.Module, compute: 
     model.train()
     if config.precond and config.precond_power == "learned":
         result["precond_power"] = model.powers()
+    return result
+
+
+def kappa_by_layer(forward, would_be: dict | None = None) -> dict[str, list]:
+    """Condition numbers of the head outputs in one forward pass, as lists over layers.
+
+    forward() runs the model and returns a (B, T) bool mask of the real tokens, the only rows that
+    count, or None. kappa_before and kappa_after are medians of kappa(A) and kappa(C A) over samples
+    and heads, None where that is infinite; kappa_*_infinite counts the infinite ones. would_be, for
+    a model without C: arguments of `precondition` for the C that kappa_after is to have.
+    """
+    with torch.no_grad(), record() as calls:
+        mask = forward()
+    names = ("before", "after", "before_infinite", "after_infinite")
+    result = {f"kappa_{name}": [] for name in names}
+    for a, ca in calls:
+        if would_be is not None:
+            ca = precondition(a, **would_be)
+        for name, x in ("kappa_before", a), ("kappa_after", ca):
+            if mask is None:
+                kappa = condition_number(x).flatten()
+            else:
+                # Samples differ in their number of real tokens: (n_head, t, D) each.
+                samples = [sample[:, real] for sample, real in zip(x, mask)]
+                kappa = torch.cat([condition_number(sample) for sample in samples])
+            # A mean would be infinite as soon as one head is: count those, and take the median.
+            median = kappa.median().item()
+            result[name].append(median if math.isfinite(median) else None)
+            result[f"{name}_infinite"].append(int(kappa.isinf().sum()))
     return result

@@ -6,8 +6,8 @@ import torch
 
 from engine import meter
 from engine.device import Compute
-from engine.meter import Meter
-from precond import condition_number, kappa_by_layer, precondition
+from engine.meter import Meter, kappa_by_layer
+from precond import condition_number, precondition
 
 NAMES = ("train_loss", "train_accuracy")
 

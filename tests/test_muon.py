@@ -5,11 +5,11 @@ import torch
 import train
 from conftest import SMALL, error, read_metrics, torchrun
 from engine import checkpoint
+from engine.meter import kappa_by_layer
 from engine.muon import Muon, block_matrices
 from engine.optim import OptimConfig, make_optimizer
 from engine.orthogonal import by_gram, by_products, orthogonalise
 from model import GPT, Classifier, ModelConfig
-from precond import kappa_by_layer
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
 
