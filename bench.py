@@ -8,13 +8,13 @@
 
 Each arm is a process of its own, so that its peak memory is its own. They take turns in every
 round, in changing order, and wait while another works. A turn is one training step, or as many as
-fit into half a second, of engine/trainer.py on random tokens. Afterwards sampling takes turns in
-the same way. Times are medians over all steps with the quartiles in brackets; ratios are ratios of
-medians in one run.
+fit into half a second, of engine/trainer.py on random tokens. Sampling takes turns in the same way.
+Times are medians over all steps, with the quartiles in brackets. Ratios are ratios of medians in
+one run; where the quartiles of two arms overlap, their ratio may be noise.
 
-Utilisation is model FLOPs (model.flops_per_token, the head included) over what the machine can do:
-the speed of a large matrix product in the run's dtype, the best of those measured in every round.
-That a causal kernel needs only half of attention's FLOPs is not counted, as usual.
+Utilisation is model FLOPs (model.flops_per_token) over what the machine can do: the speed of a
+large matrix product in the run's dtype, the best of those measured in every round. That a causal
+kernel needs only half of attention's FLOPs is not counted, as usual.
 
 The arm `explicit` is softmax attention without fused kernels, with its (T, T) matrices in memory.
 """
@@ -29,7 +29,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -40,12 +39,14 @@ from engine import options
 from engine.device import DTYPES, Compute, ComputeConfig, pick_device, pick_dtype
 from engine.options import at_least
 from engine.packed import for_sampling
+from engine.run import check_writable
 from engine.trainer import Task, Trainer
 from model import GPT, Classifier
 from sample import generate
-from study.turns import Worker, in_turn, time_turn
+from study.turns import Worker, in_turn, overlap, profile, quartiles, time_turn
 
 TURN = 0.5  # seconds
+FEW = 8  # steps of an arm whose quartiles say little
 
 
 @dataclass
@@ -72,15 +73,10 @@ SIZES = {
     "lra_listops": Size(preset(train_lra, "lra_listops"), LISTOPS.vocab_size,
                         classes=LISTOPS.classes),
 }
-ARMS = {
-    "baseline": {},
-    "precond": {"precond": True},
-    "precond_grad": {"precond": True, "precond_grad": True},
-    "explicit": {"explicit": True},
-    "nystrom": {"attention": "nystrom"},
-    "nystrom_precond": {"attention": "nystrom", "precond": True},
-}
-NANOGPT_VOCABULARY = {50257: 50304}  # what its train.py makes of GPT-2's
+ARMS = {"baseline": {}, "precond": {"precond": True},
+        "precond_grad": {"precond": True, "precond_grad": True}, "explicit": {"explicit": True},
+        "nystrom": {"attention": "nystrom"},
+        "nystrom_precond": {"attention": "nystrom", "precond": True}}
 
 
 def each_of(known: dict):
@@ -92,7 +88,9 @@ def each_of(known: dict):
 
 
 def possible(name, value, config):
-    """Whether the sizes go with the arms, and with nanoGPT."""
+    """Whether the sizes go with the arms, and with a nanoGPT that is there."""
+    if config.against and not (Path(config.against) / "model.py").exists():
+        return f"--against={config.against} holds no model.py: give a nanoGPT checkout's folder"
     for size in value.split(","):
         if "nystrom" in config.arms and not SIZES[size].classes:
             return (f"--arms={config.arms}: nystrom attention is not causal, so {size} cannot "
@@ -101,18 +99,13 @@ def possible(name, value, config):
             return f"--against={config.against}: nanoGPT has no {size}"
 
 
-def checkout(name, value, config):
-    if value and not (Path(value) / "model.py").exists():
-        return f"--{name}={value} holds no model.py: give the folder of a nanoGPT checkout"
-
-
 @dataclass
 class Config(ComputeConfig):
     sizes: Annotated[str, f"models, with commas: {', '.join(SIZES)}", each_of(SIZES),
                      possible] = "default,char_gpu"
     arms: Annotated[str, f"with commas: {', '.join(ARMS)}",
                     each_of(ARMS)] = "baseline,precond,precond_grad"
-    against: Annotated[str, "folder of a nanoGPT checkout to time beside", checkout] = ""
+    against: Annotated[str, "folder of a nanoGPT checkout to time beside"] = ""
     rounds: Annotated[int, "turns of every arm", at_least(1)] = 8
     batch_size: Annotated[int, "sequences in a step; 0: the size's own", at_least(0)] = 0
     sampling: Annotated[bool, "time sampling too"] = True
@@ -147,10 +140,7 @@ class RandomTokens(Task):
 
 
 class Runner:
-    """An arm at work: its `compute`, `model` and `flops_per_token`, and what is asked of it.
-
-    Numbers come in lists, which `in_turn` joins.
-    """
+    """An arm at work, with `compute`, `model`, `flops_per_token`. `in_turn` joins its lists."""
 
     def describe(self):
         return self.compute.dtype, getattr(self.model, "loss", "plain"), self.flops_per_token
@@ -162,26 +152,14 @@ class Runner:
         return [self.compute.matmul_peak()]
 
     def train(self):
-        return self.time(self.step)
+        return time_turn(self.step, self.compute, TURN)
 
     def sample(self, sequences: int, length: int, new: int):
         prompt = torch.zeros((sequences, length), dtype=torch.long, device=self.compute.device)
-        return self.time(lambda: self.generate(prompt, new))
-
-    def time(self, work) -> list[float]:
-        return time_turn(work, self.compute.synchronize, TURN)
+        return time_turn(lambda: self.generate(prompt, new), self.compute, TURN)
 
     def profile(self, path: Path):
-        """Two steps: PATH.txt, operators by their own time, and PATH.json for chrome://tracing."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.profiler.profile() as profiler:
-            self.step()
-            self.step()
-            self.compute.synchronize()
-        kind = "cpu" if self.compute.device.type == "cpu" else "device"
-        table = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=30)
-        path.with_suffix(".txt").write_text(table)
-        profiler.export_chrome_trace(str(path.with_suffix(".json")))
+        profile(self.step, self.compute, path)
 
 
 class Ours(Runner):
@@ -229,16 +207,15 @@ class NanoGPT(Runner):
         dtype = "float32" if kind == "cpu" else config.dtype
         self.compute = Compute(config.device, dtype, c.n_embd)
         shape = {f.name: getattr(c, f.name, None) for f in fields(module.GPTConfig)}
-        shape["vocab_size"] = NANOGPT_VOCABULARY.get(size.vocab_size, size.vocab_size)
+        shape["vocab_size"] = {50257: 50304}.get(size.vocab_size, size.vocab_size)  # its train.py's
         self.model = module.GPT(module.GPTConfig(**shape)).to(self.compute.device)
         self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
         self.compiled = torch.compile(self.model) if config.compile else self.model
-        self.task = RandomTokens(size)
-        self.batch_size = c.batch_size
+        self.batch = RandomTokens(size).batch(0, c.batch_size)
         self.flops_per_token = GPT(c, size.vocab_size).flops_per_token()
 
     def step(self):
-        x, y = self.compute.move(*self.task.batch(0, self.batch_size))
+        x, y = self.compute.move(*self.batch)
         with self.compute.autocast():
             _, loss = self.compiled(x, y)
         loss.backward()
@@ -258,8 +235,7 @@ class NanoGPT(Runner):
 
 def start(config: Config, size: Size, arm: dict | str) -> Runner:
     """An arm in its process. arm: what sets it apart, or nanoGPT's folder."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     sys.stdout = open(os.devnull, "w")  # what the Trainer and nanoGPT print
     return (NanoGPT if isinstance(arm, str) else Ours)(config, size, arm)
 
@@ -271,7 +247,10 @@ def sized(config: Config, name: str) -> Size:
 
 
 def measure(config: Config, name: str) -> dict[str, dict]:
-    """Time one size -> {arm: its numbers}: seconds a step, FLOP/s, MB, tokens/s."""
+    """Time one size -> {arm: its numbers}: seconds a step, FLOP/s, MB, tokens/s.
+
+    "sampling" has the quartiles of the seconds that each case took.
+    """
     size = sized(config, name)
     kinds = {arm: ARMS[arm] for arm in config.arms.split(",")}
     first = next(iter(kinds))
@@ -290,11 +269,12 @@ def measure(config: Config, name: str) -> dict[str, dict]:
         # Memory before the peak: measuring the latter starts the former anew on a GPU.
         seconds, memory, peaks = in_turn(arms, config.rounds, ("train",), ("memory",), ("peak",))
         for arm, (dtype, loss, flops) in described.items():
-            low, step, high = np.quantile(seconds[arm], (0.25, 0.5, 0.75))
+            low, step, high = quartiles(seconds[arm])
             peak = max(peaks[arm])
-            result[arm] = {"dtype": dtype, "loss": loss, "seconds": step, "quartiles": (low, high),
-                           "memory": max(memory[arm]), "peak": peak, "tokens_per_s": tokens / step,
-                           "utilisation": flops * tokens / step / peak, "sampling": {}}
+            result[arm] = {"dtype": dtype, "loss": loss, "steps": len(seconds[arm]),
+                           "seconds": step, "quartiles": (low, high), "memory": max(memory[arm]),
+                           "peak": peak, "utilisation": flops * tokens / step / peak,
+                           "tokens_per_s": tokens / step, "sampling": {}}
         if config.profile:
             path = Path(config.out_dir) / name
             arms[first].ask("profile", path)
@@ -303,11 +283,10 @@ def measure(config: Config, name: str) -> dict[str, dict]:
             for worker in arms.values():
                 worker.ask("prepare_sampling")
             for case in size.sampling:
-                sequences, _, new = case
                 in_turn(arms, 1, ("sample", *case))
                 times, = in_turn(arms, max(2, config.rounds // 2), ("sample", *case))
                 for arm in arms:
-                    result[arm]["sampling"][case] = sequences * new / np.median(times[arm])
+                    result[arm]["sampling"][case] = quartiles(times[arm])
         return result
     finally:
         for worker in arms.values():
@@ -335,18 +314,30 @@ def table(result: dict[str, dict]) -> str:
         sequences, length, new = case
         parts = []
         for arm, r in result.items():
-            part = f"{arm} {r['sampling'][case]:.4g} tokens/s"
+            times = r["sampling"][case]
+            part = f"{arm} {sequences * new / times[1]:.4g} tokens/s"
             for other, o in references.items():
                 if other != arm:
-                    part += f" ({r['sampling'][case] / o['sampling'][case]:.3g} x {other})"
+                    theirs = o["sampling"][case]
+                    noise = ", or noise" if overlap(times, theirs) else ""
+                    part += f" ({theirs[1] / times[1]:.3g} x {other}{noise})"
             parts.append(part)
         lines.append(f"sampling, {sequences} x {new} tokens after {length}: " + ", ".join(parts))
+    for other, o in references.items():
+        close = [arm for arm, r in result.items() if overlap(r["quartiles"], o["quartiles"])]
+        close.remove(other)
+        if close:
+            lines.append(f"time / {other} may be noise, the quartiles overlap: {', '.join(close)}")
+    if any(r["steps"] < FEW for r in result.values()):
+        lines.append(f"ratios of fewer than {FEW} steps may be noise: raise --rounds")
     return "\n".join(lines)
 
 
 def main():
     config, _ = options.parse(Config, sys.argv[1:], __doc__)
     pick_dtype(config.dtype, pick_device(config.device), 0)  # a mistake ends here, not in every arm
+    if config.profile:
+        check_writable(Path(config.out_dir))
     for name in config.sizes.split(","):
         size = sized(config, name)
         c = size.config

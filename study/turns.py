@@ -2,7 +2,12 @@
 import multiprocessing
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
+import torch
+
+from engine.device import Compute
 from engine.options import UserError
 
 
@@ -55,17 +60,36 @@ def in_turn(workers: dict[str, Worker], rounds: int, *commands: tuple) -> list[d
     return answers
 
 
-def time_turn(work: Callable, synchronize: Callable, seconds: float) -> list[float]:
-    """Seconds of each call of work(): one, or as many as fit into `seconds`.
-
-    synchronize() waits for the device.
-    """
+def time_turn(work: Callable, compute: Compute, seconds: float) -> list[float]:
+    """Seconds of each call of work(): one, or as many as fit into `seconds`."""
     times = []
     begin = time.perf_counter()
     while not times or time.perf_counter() - begin + times[-1] < seconds:
-        synchronize()
+        compute.synchronize()
         start = time.perf_counter()
         work()
-        synchronize()
+        compute.synchronize()
         times.append(time.perf_counter() - start)
     return times
+
+
+def profile(work: Callable, compute: Compute, path: Path):
+    """Two calls of work(): PATH.txt, operators by their time; PATH.json for chrome://tracing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile() as profiler:
+        work()
+        work()
+        compute.synchronize()
+    kind = "cpu" if compute.device.type == "cpu" else "device"
+    table = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=30)
+    path.with_suffix(".txt").write_text(table)
+    profiler.export_chrome_trace(str(path.with_suffix(".json")))
+
+
+def quartiles(seconds: list[float]) -> tuple[float, float, float]:
+    return tuple(np.quantile(seconds, (0.25, 0.5, 0.75)).tolist())
+
+
+def overlap(a: tuple, b: tuple) -> bool:
+    """Whether two intervals, which begin and end with these numbers, have a part in common."""
+    return a[0] <= b[-1] and b[0] <= a[-1]

@@ -112,6 +112,24 @@ def test_utilisation_is_flops_over_the_measured_peak(monkeypatch):
     assert result["memory"] == 300.0 and result["utilisation"] == 0.25
 
 
+def test_ratios_that_may_be_noise_say_so():
+    def arm(low, median, high, steps=8):
+        """A step and a sample of 10 tokens took as long."""
+        return {"dtype": "float32", "loss": "plain", "steps": steps, "seconds": median,
+                "quartiles": (low, high), "memory": 1.0, "peak": 1.0, "tokens_per_s": 1.0,
+                "utilisation": 1.0, "sampling": {(2, 1, 5): (low, median, high)}}
+    text = bench.table({"baseline": arm(1.0, 2.0, 3.0), "precond": arm(1.0, 1.34, 1.5),
+                        "nanoGPT": arm(3.5, 4.0, 5.0)})
+    *_, sampling, caution = text.splitlines()
+    assert sampling == ("sampling, 2 x 5 tokens after 1: baseline 5 tokens/s (2 x nanoGPT), "
+                        "precond 7.463 tokens/s (1.49 x baseline, or noise) (2.99 x nanoGPT), "
+                        "nanoGPT 2.5 tokens/s (0.5 x baseline)")
+    assert caution == "time / baseline may be noise, the quartiles overlap: precond"
+    assert "noise" not in bench.table({"baseline": arm(1, 2, 3), "precond": arm(4, 5, 6)})
+    text = bench.table({"baseline": arm(1, 2, 3), "precond": arm(4, 5, 6, steps=7)})
+    assert text.endswith("ratios of fewer than 8 steps may be noise: raise --rounds")
+
+
 def test_our_arm_takes_the_trainer_s_steps():
     torch.set_num_threads(1)
     arm = bench.Ours(bench.Config(device="cpu"), SIZE, {"precond": True})
@@ -156,6 +174,7 @@ def test_an_arm_that_dies_is_one_line(tmp_path, call, monkeypatch):
     (["--against=/nowhere"], "holds no model.py"),
     (["--sizes=lra_listops,default", "--arms=nystrom"], "not causal, so default cannot have it"),
     (["--rounds=0"], "rounds=0"),
+    (["--profile", "--out_dir=README.md/x"], "cannot write to README.md/x"),
     (["--device=cuda:77"], "--device=cuda:77"),
 ])
 def test_mistakes(call, arguments, words):
