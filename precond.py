@@ -13,8 +13,13 @@ Attention: Enhancing Efficiency in Transformers", AISTATS 2026, arXiv 2603.27153
 
 This file needs nothing but PyTorch: take it along.
 """
+import linecache
+import re
+import signal
+import sys
 import warnings
 from contextlib import contextmanager
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -90,11 +95,12 @@ def condition_number(a: torch.Tensor) -> torch.Tensor:
 
 
 # From here on: drop-ins for models that are not this project's.
-def preconditioned_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
-                             enable_gqa=False, *, grad: bool = False, eps: float = 1e-8,
-                             power: float = 1.0) -> torch.Tensor:
+def preconditioned_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
+                             scale=None, enable_gqa=False, *, grad: bool = False,
+                             eps: float = 1e-8, power: float = 1.0) -> torch.Tensor:
     """F.scaled_dot_product_attention, preconditioned: queries (..., T, D) -> (..., T, D)."""
-    a = _sdpa(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    a = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+              enable_gqa=enable_gqa)
     return precondition(a, grad=grad, eps=eps, power=power)
 
 
@@ -106,10 +112,7 @@ def precondition_sdpa(*, grad: bool = False, eps: float = 1e-8, power: float = 1
     nn.MultiheadAttention with need_weights=True (its default), TorchScript, attention written out
     by hand. `check` tells.
     """
-    def replacement(*args, **kwargs):
-        return preconditioned_attention(*args, grad=grad, eps=eps, power=power, **kwargs)
-
-    replacement.preconditions = True
+    replacement = partial(preconditioned_attention, grad=grad, eps=eps, power=power)
     before = F.scaled_dot_product_attention
     fused = torch.backends.mha.get_fastpath_enabled()
     F.scaled_dot_product_attention = replacement
@@ -127,25 +130,30 @@ def register_transformers(name: str = "preconditioned", *, grad: bool = False, e
     """Add an attention implementation to Hugging Face transformers.
 
     Then Model._from_config(config, attn_implementation=name): transformers' own SDPA attention,
-    with its masks, followed by C. Some models take any name and ignore it: run `check` once.
-    Attention that SDPA does not compute (sinks, sparse indices) raises ValueError. Registering a
-    name again changes every model that has it. Raises ImportError without transformers.
+    with its masks, followed by C. Some models take any name and ignore it: run `check` once. Those
+    that SDPA does not serve raise ValueError when they run. Registering a name again changes every
+    model that has it. Raises ImportError without transformers.
     """
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
+        import transformers
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        from transformers.masking_utils import sdpa_mask
+        from transformers.masking_utils import eager_mask, sdpa_mask
     except ImportError:
         raise ImportError("register_transformers needs transformers: "
                           "pip install 'transformers>=5'") from None
+    # What sdpa_attention_forward reads; then what changes nothing in its result.
+    understood = """dropout scaling is_causal position_bias cache
+        sliding_window position_ids cache_position seq_idx cu_seq_lens_q cu_seq_lens_k max_length_q
+        max_length_k deterministic use_cache return_dict output_attentions output_hidden_states
+        output_router_logits logits_to_keep num_items_in_batch""".split()
 
     def attention(module, query, key, value, attention_mask, **kwargs):
-        for extra in ("s_aux", "indices"):  # sdpa_attention_forward would drop them unsaid
-            if kwargs.get(extra) is not None:
+        for extra, given in kwargs.items():  # sdpa_attention_forward would drop it unsaid
+            if given is not None and extra not in understood:
                 raise ValueError(f"{type(module).__name__} passes {extra} to its attention, which "
                                  f"SDPA does not compute: {name!r} cannot serve this model")
         a, weights = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        if getattr(F.scaled_dot_product_attention, "preconditions", False):
+        if getattr(F.scaled_dot_product_attention, "func", None) is preconditioned_attention:
             return a, weights  # precondition_sdpa has done it
         # a is (B, T, n_head, D), transposed in memory: scaling it as it lies halves the time.
         ca = _scale_rows(a, grad, eps, power)
@@ -153,8 +161,30 @@ def register_transformers(name: str = "preconditioned", *, grad: bool = False, e
         _note(before, before if ca is a else ca.transpose(1, 2))
         return ca, weights
 
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    @cache
+    def knows_sdpa(config_class):
+        """Whether models with such a configuration attend by SDPA. Some look for its name."""
+        models = [transformers.PreTrainedModel]
+        for model in models:  # grows meanwhile
+            models += model.__subclasses__()
+        models = [model for model in models if model.config_class is config_class]
+        files = {getattr(sys.modules.get(model.__module__), "__file__", "") for model in models}
+        code = "".join("".join(linecache.getlines(file)) for file in files)
+        if re.search(r"_attn_implementation (==|!=|in|not in) .*['\"]sdpa", code):
+            raise ValueError(f"the models of {config_class.__name__} test for the name 'sdpa': "
+                             "keep that name for them, and run them inside precondition_sdpa()")
+        return not models or any(model._supports_sdpa for model in models)
+
+    # torch.compile is not to trace the reading of files.
+    look_up = torch.compiler.assume_constant_result(lambda config_class: knows_sdpa(config_class))
+
+    def mask(*args, config, **kwargs):
+        # SDPA may get no mask where is_causal says it: other code would attend to the future.
+        make = sdpa_mask if look_up(type(config)) else eager_mask
+        return make(*args, config=config, **kwargs)
+
+    transformers.AttentionInterface.register(name, attention)
+    transformers.AttentionMaskInterface.register(name, mask)
 
 
 def check(model: torch.nn.Module, *args, **inputs) -> int:
@@ -166,38 +196,32 @@ def check(model: torch.nn.Module, *args, **inputs) -> int:
     """
     reached = {}  # by module: whether a call inside it was preconditioned
     entered = []  # counts at the modules that are running
-    hooks = []
 
     def count():
         return sum(before is not after for before, after in calls)  # power=0: one tensor twice
 
-    def watch(name, module):
-        def leave(*_):
-            inside = count() > entered.pop()
-            reached[name] = reached.get(name, False) or inside
+    def leave(module, *_):
+        reached[module] = count() > entered.pop() or reached.get(module, False)
 
+    hooks = []
+    for module in model.modules():
         hooks.append(module.register_forward_pre_hook(lambda *_: entered.append(count())))
         hooks.append(module.register_forward_hook(leave))
-
-    with record() as calls:
-        try:
-            for name, module in model.named_modules():
-                if "attention" in type(module).__name__.lower():
-                    watch(name, module)
+    try:
+        with record() as calls:
             model(*args, **inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    finally:
+        for hook in hooks:
+            hook.remove()
     n = count()
     kind = type(model).__name__
     if not n:
         raise RuntimeError(
             f"no attention call of {kind} was preconditioned: give it attn_implementation="
-            "'preconditioned' or run it inside precondition_sdpa(), with a power other than 0. "
-            "transformers' eager attention and nn.MultiheadAttention with need_weights=True, its "
-            "default, go round scaled_dot_product_attention; a model that writes its attention "
-            "out by hand needs precond.precondition in its own code")
-    missed = [name for name, inside in reached.items() if not inside]
+            "'preconditioned' or run it inside precondition_sdpa(), with a power other than 0; "
+            "attention that goes round SDPA needs precond.precondition in its own code")
+    missed = [name for name, module in model.named_modules()
+              if "attention" in type(module).__name__.lower() and not reached.get(module, True)]
     if missed:
         warnings.warn(f"{n} attention calls of {kind} were preconditioned, but none in "
                       f"{', '.join(missed)}", stacklevel=2)
@@ -211,15 +235,15 @@ def _demonstrate(T: int = 197, D: int = 64, heads: int = 16):
     for sharpness in (0.1, 1.0, 3.0, 10.0, 30.0):
         q, k, v = torch.randn(3, heads, T, D, generator=generator, dtype=torch.float64)
         a = F.scaled_dot_product_attention(sharpness * q, k, v)
-        before = condition_number(a).median()
-        after = condition_number(precondition(a)).median()
+        before, after = (condition_number(x).median() for x in (a, precondition(a)))
         print(f"{sharpness:12g} {before:10.2f} {after:10.2f}")
-    e = torch.eye(2)
-    a = torch.cat([e, 1e-3 * e[:1].expand(195, 2)])
+    a = torch.tensor([[1.0, 0.0], [0.0, 1.0]] + 195 * [[1e-3, 0.0]])
     print(f"{'by hand':>12} {condition_number(a):10.2f} {condition_number(precondition(a)):10.2f}")
     print("Even rows lower kappa where uneven ones were the trouble. Where short rows point the\n"
           "same way (last line: e1, e2, 195 copies of e1/1000) they gain weight, and kappa rises.")
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     _demonstrate()
