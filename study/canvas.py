@@ -121,10 +121,11 @@ def focus(ax, spans: list[tuple[np.ndarray, np.ndarray, np.ndarray]], *also: flo
 
     What comes before would dwarf all that follows.
     """
-    late = [xs >= 0.1 * xs[-1] for xs, _, _ in spans]
-    if min(sum(here) for here in late) > 3:
-        edges = list(also)
-        for (_, low, high), here in zip(spans, late):
-            edges += [*low[here], *high[here]]
-        margin = 0.05 * (max(edges) - min(edges)) or 1.0
-        ax.set_ylim(min(edges) - margin, max(edges) + margin)
+    if min(len(xs) for xs, _, _ in spans) < 5:  # no beginning to leave out
+        return
+    edges = list(also)
+    for xs, low, high in spans:
+        late = xs >= 0.1 * xs[-1]
+        edges += [*low[late], *high[late]]
+    margin = 0.05 * (max(edges) - min(edges)) or 1.0
+    ax.set_ylim(min(edges) - margin, max(edges) + margin)

@@ -87,9 +87,8 @@ def check(groups: Groups, x: str, layer: int):
     for run in others:
         one, two = data_of(first), data_of(run)
         if one != two:
-            said = "; ".join(", ".join(f"{key}={value}" for key, value in mine.items()
-                                       if its.get(key) != value)
-                             for mine, its in ((one, two), (two, one)))
+            said = "; ".join(", ".join(f"{key}={value}" for key, value in sorted(part))
+                             for part in (one - two, two - one))
             raise UserError(f"{first.folder} and {run.folder} were trained on different data "
                             f"({said}): draw them separately")
         end, its_end = [list(r.along(unit).values())[-1] for r in (first, run)]
@@ -103,10 +102,10 @@ def check(groups: Groups, x: str, layer: int):
             raise UserError(f"layer={layer}, but {run.folder} has the layers 0 to {depth - 1}")
 
 
-def data_of(run: Run) -> dict:
-    """The options that choose its data."""
+def data_of(run: Run) -> set[tuple]:
+    """The options that choose its data, with their values."""
     names = marked(script_of(run.config).Config, DATA)
-    return {key: value for key, value in run.config.items() if key in names}
+    return {(key, value) for key, value in run.config.items() if key in names}
 
 
 def applied(runs: list[Run]) -> bool:
@@ -128,36 +127,39 @@ def better_side(name: str, unit: str, lower: str, higher: str) -> str:
     return f"({'points' if unit == '%' else unit}; {side} 0 is better)"
 
 
+def pairs(groups: Groups) -> dict[str, list[tuple[Run, Run]]]:
+    """For each group but the first, its runs beside the first group's of the same seeds."""
+    baseline, *others = groups
+    first = {run.seed: run for run in groups[baseline]}
+    return {label: [(first[run.seed], run) for run in groups[label] if run.seed in first]
+            for label in others}
+
+
 def validation(groups: Groups, x: str):
     """The metric over training.
 
     Below it, where the groups share seeds and x, the difference to the first, paired by seed.
     """
-    baseline, *others = groups
+    baseline = next(iter(groups))
     name, label, scale, unit = judged(groups)
-    xs = {group: series(runs, name, x)[0] for group, runs in groups.items()}
-    by_seed = {group: {run.seed: run for run in runs} for group, runs in groups.items()}
-    pairs = {}
-    for group in others:
-        seeds = sorted(by_seed[baseline].keys() & by_seed[group].keys())
-        if seeds and np.array_equal(xs[baseline], xs[group]):
-            pairs[group] = seeds
-    figure, axes = canvas(groups, 2 if pairs else 1, 1, (4.8, 2.5), f"Validation {label}", x,
+    curves = {group: series(runs, name, x) for group, runs in groups.items()}
+    apart = {}
+    for group, both in pairs(groups).items():
+        if both and np.array_equal(curves[group][0], curves[baseline][0]):
+            theirs, mine = (series(runs, name, x)[1] for runs in zip(*both))
+            apart[group] = mine - theirs
+    figure, axes = canvas(groups, 2 if apart else 1, 1, (4.8, 2.5), f"Validation {label}", x,
                           log=False, sharex=True)
-
-    def values(group: str, seeds) -> np.ndarray:
-        return scale * series([by_seed[group][seed] for seed in seeds], name, x)[1]
-
     above, below = [], []
-    for colour, group in zip(COLOURS, groups):
-        mine = values(group, by_seed[group])
-        above.append((xs[group], *line(axes[0], xs[group], mine, colour, label=group, marker="o")))
-        if group in pairs:
-            apart = values(group, pairs[group]) - values(baseline, pairs[group])
-            below.append((xs[group], *line(axes[1], xs[group], apart, colour, marker="o")))
+    for colour, (group, (xs, values)) in zip(COLOURS, curves.items()):
+        band = line(axes[0], xs, scale * values, colour, label=group, marker="o")
+        above.append((xs, *band))
+        if group in apart:
+            band = line(axes[1], xs, scale * apart[group], colour, marker="o")
+            below.append((xs, *band))
     axes[0].set_ylabel(f"Validation {label} ({unit})")
     focus(axes[0], above)
-    if pairs:
+    if apart:
         axes[1].axhline(0, color=COLOURS[0], linewidth=1)
         said = textwrap.fill(f"Difference to {baseline}", int(2.5 / LETTER))
         axes[1].set_ylabel(f"{said}\n{better_side(name, unit, 'below', 'above')}")
@@ -172,15 +174,8 @@ def final_differences(groups: Groups) -> dict[str, list[float]]:
     Of the groups that share two seeds or more with it.
     """
     scale = judged(groups)[2]
-    final = {label: {run.seed: scale * run.final for run in runs}
-             for label, runs in groups.items()}
-    baseline, *others = groups
-    result = {}
-    for label in others:
-        seeds = sorted(final[baseline].keys() & final[label].keys())
-        if len(seeds) > 1:
-            result[label] = [final[label][seed] - final[baseline][seed] for seed in seeds]
-    return result
+    return {label: [scale * (run.final - first.final) for first, run in both]
+            for label, both in pairs(groups).items() if len(both) > 1}
 
 
 def difference(groups: Groups, differences: dict[str, list[float]]):
@@ -266,8 +261,7 @@ def training(groups: Groups, x: str):
         left.legend()
     left.set_ylabel("Learning rate")
     left.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    ends = np.concatenate(spans)
-    if ends.max() > 5 * ends.min():
+    if np.max(spans) > 5 * np.min(spans):
         right.set_yscale("log")
         right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         right.yaxis.set_major_formatter("{x:g}")

@@ -46,25 +46,8 @@ class Job:
     identity: dict
     process: subprocess.Popen | None = None
 
-    @property
-    def steps(self) -> int:
-        return self.identity["config"]["max_iters"]
-
     def ended(self) -> bool:
         return (self.folder / "record.json").exists()
-
-    def step(self) -> int:
-        """The last step in its metrics.jsonl; all of them for a job that has ended."""
-        if self.ended():
-            return self.steps
-        try:
-            with open(self.folder / "metrics.jsonl", "rb") as f:
-                # A look costs the job nothing, however long the file.
-                f.seek(max(0, f.seek(0, os.SEEK_END) - 10_000))
-                found = re.findall(rb'^\{"step": (\d+),', f.read(), re.MULTILINE)
-        except FileNotFoundError:
-            return 0
-        return int(found[-1]) if found else 0
 
 
 class Stopped(Exception):
@@ -113,9 +96,9 @@ class Comparison:
                     raise UserError(f"{who} sets {key}: {reason}")
             for value in self.tune_values:
                 job = self.job(arm, self.config.first_seed, value)
-                if job.steps < 1:
-                    raise UserError("max_iters=0 trains nothing that could be compared")
                 values = job.identity["config"]
+                if values["max_iters"] < 1:
+                    raise UserError("max_iters=0 trains nothing that could be compared")
                 evaluated.add(values["batch_size"] * values["eval_iters"])
         if len(evaluated) > 1:
             raise UserError("batch_size x eval_iters would be "
@@ -191,13 +174,11 @@ class Comparison:
         run = Run.read_ended(job.folder)
         return "diverged" if diverged else f"{run.metric} {run.final:.4f}"
 
-    def train(self, jobs: list[Job], progress: "Progress"):
+    def train(self, jobs: list[Job]):
         """Bring all to their end. Raises Stopped; however this ends, the jobs under way save."""
         # By folder: --tune with 1e-3,0.001 asks for one job twice.
         waiting = list({job.folder: job for job in jobs if not job.ended()}.values())
-        done = {job.folder: job.step() for job in jobs}
-        for job in jobs:
-            progress.keep(job)
+        self.left -= len(jobs) - len(waiting)
         try:
             while waiting or self.active:
                 while waiting and len(self.active) < self.config.jobs and not self.signal:
@@ -206,21 +187,23 @@ class Comparison:
                 if self.signal:
                     raise Stopped
                 for job in list(self.active):
-                    how = ""
                     if job.process.poll() is not None:
                         self.active.remove(job)
-                        how = self.finish(job)
-                    step = job.step()
-                    progress.advance(step - done[job.folder], job)
-                    done[job.folder] = step
-                    if how:
-                        progress.end(job, how)
+                        self.say(job, self.finish(job))
         finally:
             for job in self.active:
                 job.process.terminate()
             for job in self.active:
                 job.process.wait()
             self.active.clear()
+
+    def say(self, job: Job, how: str):
+        """How a job ended, and how long the others will take."""
+        self.ended += 1
+        self.left -= 1
+        seconds = (time.monotonic() - self.since) / self.ended * self.left
+        print(f"{job.arm}, seed {job.seed}: {how} ({self.left} runs left, "
+              f"about {tqdm.format_interval(seconds)})", flush=True)
 
     def stop(self, number: int, frame):
         """The first signal lets the jobs save, a second one ends them at once."""
@@ -243,13 +226,13 @@ class Comparison:
             seeds = range(TUNE_SEED, TUNE_SEED + config.tune_seeds)
             trials = {(arm.name, value): [self.job(arm, seed, value) for seed in seeds]
                       for arm in self.arms for value in self.tune_values}
-        steps = sum(self.job(arm, config.first_seed, self.tune_values[0]).steps
-                    for arm in self.arms)
-        progress = Progress(count * steps, count * len(self.arms))
+        self.left = count * len(self.arms)
+        self.ended = 0  # by this command
+        self.since = time.monotonic()
         before = {number: signal.signal(number, self.stop)
                   for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self.train(by_seed(trials), progress)
+            self.train(by_seed(trials))
             jobs = {}
             for arm in self.arms:
                 if self.tune:
@@ -257,9 +240,8 @@ class Comparison:
                 seeds = range(config.first_seed, config.first_seed + config.seeds)
                 jobs[arm.name] = [self.job(arm, seed, arm.chosen) for seed in seeds]
                 arm.folders = [job.folder for job in jobs[arm.name]]
-            self.train(by_seed(jobs), progress)
+            self.train(by_seed(jobs))
         finally:
-            progress.bar.close()
             self.lock.release()
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -286,36 +268,3 @@ def by_seed(jobs: dict) -> list[Job]:
     An early stop leaves whole pairs, and a slow hour of the machine slows all arms.
     """
     return [job for group in zip(*jobs.values()) for job in group]
-
-
-class Progress:
-    """A bar over the steps of all jobs; where output is not a terminal, a line for each end."""
-
-    def __init__(self, steps: int, jobs: int):
-        self.jobs = jobs
-        self.ended = 0
-        self.done = 0
-        self.since = time.monotonic()
-        # disable=None: without a terminal there is no bar.
-        self.bar = tqdm(total=steps, unit="step", smoothing=0, dynamic_ncols=True, disable=None)
-
-    def keep(self, job: Job):
-        """Leave out what an earlier command did: it says nothing about the speed."""
-        self.ended += job.ended()
-        self.bar.total -= job.step()
-
-    def advance(self, steps: int, job: Job):
-        self.done += steps
-        self.bar.set_postfix_str(f"{job.arm}, seed {job.seed}", refresh=False)
-        self.bar.update(steps)
-
-    def end(self, job: Job, how: str):
-        self.ended += 1
-        if not self.bar.disable:
-            return
-        left = ""
-        if self.done:
-            seconds = (time.monotonic() - self.since) / self.done * (self.bar.total - self.done)
-            left = f", about {tqdm.format_interval(seconds)} left"
-        print(f"{job.arm}, seed {job.seed}: {how} ({self.ended} of {self.jobs} runs{left})",
-              flush=True)

@@ -16,6 +16,8 @@ from study import stats
 from study.arms import Arm
 from study.runs import Run
 
+SEEN_BY_LAYER = {"kappa of A": "kappa_before", "kappa of C A": "kappa_after",
+                 "power": "precond_power"}
 DIFFERENCE = ("difference", "95% interval", "seeds won", "p (Holm)")
 
 
@@ -27,18 +29,14 @@ def write(folder: Path, arms: list[Arm], command: str, tune: str) -> str:
     summary = summarise(arms)
     tuned = {arm.name: arm.tuned for arm in arms if arm.tuned}
     lines = [*heading(summary, command), *results(summary), *within_grid(summary),
-             *more_seeds(summary, command), *costs(summary, f"{command} --jobs=1 "
-                                                   f"--out_dir={shlex.quote(str(folder))}-alone"),
+             *costs(summary, f"{command} --jobs=1 --out_dir={shlex.quote(str(folder))}-alone"),
              *by_layer(summary)]
     if tuned:
         lines += tuning(arms, tune, summary["metric"])
     text = "\n".join(lines)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.md").write_text(text, encoding="utf-8")
-    runs = {arm.name: [path.name for path in arm.folders if not Run.read_ended(path).diverged]
-            for arm in arms}
-    runs = {name: names for name, names in runs.items() if names}
-    numbers = json.dumps({"command": command, "runs": runs, "tuned": tuned, **summary}, indent=1)
+    numbers = json.dumps({"command": command, "tuned": tuned, **summary}, indent=1)
     (folder / "compare.json").write_text(numbers + "\n")
     return text
 
@@ -61,11 +59,13 @@ def summarise(arms: list[Arm]) -> dict:
     correct(summaries.values())
     correct(within.values())
     identity = baseline[0].ended["identity"]
-    return {"metric": metric, "script": identity["script"], "threads": identity["threads"],
-            "torch": identity["torch"], "device": identity["config"]["device"],
-            "dtype": identity["config"]["dtype"], "code": identity["code"],
+    return {"metric": metric,
+            **{key: identity[key] for key in ("script", "threads", "torch", "code")},
+            **{key: identity["config"][key] for key in ("device", "dtype")},
             "serial": all(run.ended["serial"] for run in every),
             "training_seconds": sum(run.records[-1]["elapsed_s"] for run in every if run.records),
+            "runs": {name: names for name, group in runs.items()
+                     if (names := [run.folder.name for run in group if not run.diverged])},
             "arms": summaries, "within": within}
 
 
@@ -168,12 +168,12 @@ def results(summary: dict) -> list[str]:
     metric, arms = summary["metric"], summary["arms"]
     baseline, *others = arms
     head = ["arm", "mean", "sd", *DIFFERENCE]
-    rows = [[name, number(arm.get("mean"), ".4f"), number(arm.get("sd"), ".4f"), *difference(arm)]
+    rows = [[name, *cells(arm, mean=".4f", sd=".4f"), *difference(arm)]
             for name, arm in arms.items()]
     if any("test_accuracy" in arm for arm in arms.values()):
         head += ["test accuracy", "sd", "difference, 95% interval"]
         for row, arm in zip(rows, arms.values()):
-            row += [number(arm.get("test_accuracy"), ".4f"), number(arm.get("test_sd"), ".4f"),
+            row += [*cells(arm, test_accuracy=".4f", test_sd=".4f"),
                     ", ".join(interval(arm["test_paired"])) if "test_paired" in arm else ""]
     lines = table(head, rows)
     lines += [conclusion(name, arms[name], baseline, metric) for name in others]
@@ -194,16 +194,6 @@ def within_grid(summary: dict) -> list[str]:
               for name, arm in within.items()), ""]
 
 
-def more_seeds(summary: dict, command: str) -> list[str]:
-    """What to type for the seeds that the sentences above ask for."""
-    arms = [*summary["arms"].values(), *summary["within"].values()]
-    pairs = [arm["paired"] for arm in arms if "paired" in arm]
-    needed = [pair["seeds_needed"] or 0 for pair in pairs if pair.get("p_holm", 0) >= 0.05]
-    if not any(needed):
-        return []
-    return [f"For so many seeds: `{command} --seeds={max(needed)}`. Finished runs are kept.", ""]
-
-
 def costs(summary: dict, alone: str) -> list[str]:
     """alone: the command for runs that do not share the machine."""
     baseline = next(iter(summary["arms"]))
@@ -212,11 +202,10 @@ def costs(summary: dict, alone: str) -> list[str]:
     head += ["seconds", "tokens/s"] * serial + ["peak memory (MB)"]
     rows = []
     for name, arm in summary["arms"].items():
-        row = [name, number(arm.get("steps_to_target"), ".0f"), arm["reached_target"]]
+        row = [name, *cells(arm, steps_to_target=".0f"), arm["reached_target"]]
         if serial:
-            row += [number(arm.get("seconds_to_target"), ".1f"),
-                    number(arm.get("tokens_per_s"), ",.0f")]
-        rows.append([*row, number(arm.get("peak_memory_mb"), ",.0f")])
+            row += cells(arm, seconds_to_target=".1f", tokens_per_s=",.0f")
+        rows.append(row + cells(arm, peak_memory_mb=",.0f"))
     lines = table(head, rows)
     if not serial:
         lines += [f"Runs shared the machine. For seconds and tokens/s: `{alone}`.", ""]
@@ -224,26 +213,21 @@ def costs(summary: dict, alone: str) -> list[str]:
 
 
 def by_layer(summary: dict) -> list[str]:
-    kappas, powers = [], []
+    rows = []
     for name, arm in summary["arms"].items():
-        for which, key in ("A", "kappa_before"), ("C A", "kappa_after"):
+        for what, key in SEEN_BY_LAYER.items():
             if values := arm.get(key):
-                kappas.append([name, which, *("inf" if k is None else f"{k:.4g}" for k in values)])
-        if values := arm.get("precond_power"):
-            powers.append([name, *(f"{power:.3f}" for power in values)])
-    lines = []
-    if kappas:
-        lines += ["Median condition number by layer at the last step "
-                  "(for an arm without C, C A is what C would make of it):", "",
-                  *table(["arm", "of", *layer_names(len(kappas[0]) - 2)], kappas)]
-    if powers:
-        lines += ["Learned power by layer at the last step, the mean over heads and seeds:", "",
-                  *table(["arm", *layer_names(len(powers[0]) - 1)], powers)]
-    return lines
-
-
-def layer_names(count: int) -> list[str]:
-    return [f"layer {i}" for i in range(count)]
+                numbers = ["inf" if value is None else f"{value:.4g}" for value in values]
+                rows.append([name, what, *numbers])
+    if not rows:
+        return []
+    # Arms can differ in their depth.
+    depth = max(map(len, rows))
+    rows = [row + [""] * (depth - len(row)) for row in rows]
+    return ["By layer at the last step: the median condition number kappa (for an arm without C, "
+            "that of C A is what C would make of it), and learned powers, the mean over heads and "
+            "seeds:", "",
+            *table(["arm", "what", *(f"layer {i}" for i in range(depth - 2))], rows)]
 
 
 def tuning(arms: list[Arm], tune: str, metric: str) -> list[str]:
@@ -308,11 +292,13 @@ def difference(arm: dict) -> list[str]:
     if "paired" not in arm:
         return [""] * len(DIFFERENCE)
     pair = arm["paired"]
-    return [*interval(pair), f"{arm['wins']}/{pair['n']}", number(pair.get("p_holm"), ".2g")]
+    return [*interval(pair), f"{arm['wins']}/{pair['n']}", *cells(pair, p_holm=".2g")]
 
 
-def number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def cells(values: dict, **formats: str) -> list[str]:
+    """The values of these names as text, "" where there is none."""
+    return ["" if values.get(name) is None else format(values[name], form)
+            for name, form in formats.items()]
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:

@@ -51,20 +51,21 @@ def paired(differences: list[float], scale: float = 0.0) -> Paired:
     return Paired(n, mean, sd, low, high, float(test.pvalue))
 
 
-def seeds_needed(mean: float, sd: float, power: float = 0.8, alpha: float = 0.05,
-                 most: int = 100_000) -> int | None:
-    """Pairs at which a t test finds a true difference `mean` with this power; None above `most`.
+def seeds_needed(mean: float, sd: float, alpha: float = 0.05) -> int | None:
+    """Pairs at which a t test finds a true difference `mean` with a power of 80%.
 
-    The test is two-sided at level alpha. n >= ((t_(1 - alpha/2) + t_power) sd / mean)^2, with
+    None above 100,000.
+
+    The test is two-sided at level alpha. n >= ((t_(1 - alpha/2) + t_0.8) sd / mean)^2, with
     quantiles for n - 1 degrees of freedom.
     """
     def enough(distribution, *freedom) -> float:
-        quantiles = distribution.ppf([1 - alpha / 2, power], *freedom)
+        quantiles = distribution.ppf([1 - alpha / 2, 0.8], *freedom)
         return (sum(quantiles) * sd / mean) ** 2
 
     stats = scipy_stats()
     # Student's quantiles exceed the normal distribution's: fewer are never enough.
-    if mean == 0 or enough(stats.norm) > most:
+    if mean == 0 or enough(stats.norm) > 100_000:
         return None
     n = max(2, math.ceil(enough(stats.norm)))
     while n < enough(stats.t, n - 1):
