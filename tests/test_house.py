@@ -5,6 +5,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 ROOMS = {  # room: the rooms that it may import from, besides itself

@@ -15,7 +15,8 @@ def test_paired_is_scipys(scipy_stats, n):
     a, b = np.random.default_rng(n).normal(size=(2, n))
     ours, theirs = stats.paired((b - a).tolist()), scipy_stats.ttest_rel(b, a)
     interval = theirs.confidence_interval(0.95)
-    assert (ours.p, ours.low, ours.high) == pytest.approx((theirs.pvalue, interval.low, interval.high), rel=1e-8)
+    expected = (theirs.pvalue, interval.low, interval.high)
+    assert (ours.p, ours.low, ours.high) == pytest.approx(expected, rel=1e-8)
 
 
 def test_equal_differences():
@@ -23,15 +24,19 @@ def test_equal_differences():
     assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)
     for differences in [0.5, 0.5], [0.05, 0.8 - 0.75], [1.0, 1.0 + 1e-9]:
         pair = stats.paired(differences)
-        assert pair.mean == pytest.approx(differences[0]) and pair.p is pair.low is pair.high is None
+        assert pair.mean == pytest.approx(differences[0])
+        assert pair.p is pair.low is pair.high is None
     assert stats.paired([1e-8, -2e-8]).p < 1  # by themselves they have a spread
     assert stats.paired([1e-8, -2e-8], scale=2.0).p == 1  # but it is rounding, of losses near 2
     assert stats.paired([0.5, 0.5 + 1e-5]).p < 1e-4
 
 
 def test_interval_covers_and_effects_are_found():
-    """Differences of mean 0.5 and standard deviation 1: the interval holds the mean in 95% of trials, and with the seeds that seeds_needed
-    says, zero is excluded in 80%."""
+    """Differences of mean 0.5 and standard deviation 1.
+
+    The interval holds the mean in 95% of trials. With the seeds that seeds_needed says, zero is
+    excluded in 80%.
+    """
     rng = np.random.default_rng(0)
     n = stats.seeds_needed(0.5, 1.0)
     assert n == 34  # tables of the paired t test
@@ -47,7 +52,8 @@ def test_no_number_of_seeds_for_no_effect():
 
 
 def test_more_comparisons_take_more_seeds_and_never_fewer_than_there_were():
-    assert stats.seeds_needed(0.5, 1.0, alpha=0.01) in (50, 51)  # tables say 51: the formula is an approximation
+    # tables say 51: the formula is an approximation
+    assert stats.seeds_needed(0.5, 1.0, alpha=0.01) in (50, 51)
     for m in (1, 2, 5):
         for differences in np.random.default_rng(m).normal(0.7, 1.0, size=(50, 5)).tolist():
             pair = stats.paired(differences)
