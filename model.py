@@ -23,6 +23,7 @@ from engine.options import (
     FIXED,
     FIXED_IN_TRAINING,
     at_least,
+    build,
     divides,
     in_range,
     odd_or_zero,
@@ -101,7 +102,7 @@ class Attention(nn.Module):
             if self.skip_first:
                 a = a + skip
 
-        # C scales a token's row by that row alone: causal masks and caches are untouched.
+        # A token's row is scaled by that row alone: causal masks and caches are untouched.
         a = precondition(a, grad=self.grad, eps=self.eps, power=self.power)
         if self.skip is not None and not self.skip_first:
             a = a + skip
@@ -215,7 +216,7 @@ class GPT(Transformer):
         """The model of a train.py checkpoint, in evaluation mode, on the CPU."""
         config = saved["config"]
         values = {f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}
-        model = cls(ModelConfig(**values), saved["task"]["vocab_size"])
+        model = cls(build(ModelConfig, values), saved["task"]["vocab_size"])
         model.load_state_dict(saved["model"])
         return model.eval()
 

@@ -253,7 +253,7 @@ def main():
         if compute.main and not config.eval_only:
             out = config.out_dir
             print(f"""\
-next: python train_lra.py {config.task} --eval_only --show=5 --out_dir={out}   # predictions
+next: python train_lra.py --eval_only --show=5 --out_dir={out}   # predictions
       python plot.py {out}                    # figures (requirements-extra.txt)
       python compare.py train_lra.py {config.task} --vary precond=False,True --seeds=3""")
 

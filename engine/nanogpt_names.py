@@ -1,4 +1,6 @@
 """What users of nanoGPT type, and what does the same here: docs/from_nanogpt.md in code."""
+import sys
+from pathlib import Path
 
 NAMES = {
     "--always_save_checkpoint":
@@ -31,5 +33,6 @@ NAMES = {
 def answer(word: str) -> str | None:
     """What to type for a word of nanoGPT's command line, --option=value or a file's name."""
     name = word.partition("=")[0]
-    here = NAMES.get(word) or NAMES.get(name)
+    script = Path(sys.argv[0]).name
+    here = NAMES.get(word) or NAMES.get(name) or NAMES.get(f"{script} {name}")
     return here and f"{word} is nanoGPT's. Here: {here}"

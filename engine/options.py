@@ -290,13 +290,17 @@ def save(config: Any, path: Path):
     path.write_text("".join(lines), encoding="utf-8", errors="replace")
 
 
+def close(key: str, known: Collection[str]) -> list[str]:
+    return difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+
+
 def find(word: str, known: dict[str, Option]) -> Option:
     """The option of a word such as "name" or "--name=value". Raises UserError."""
     key = word.removeprefix("--").partition("=")[0]
     if key not in known:
         if here := answer(f"--{word.removeprefix('--')}"):
             raise UserError(here)
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+        near = close(key, known)
         hint = f"did you mean --{near[0]}?" if near else "see --help"
         raise UserError(f"unknown option --{key}: {hint}")
     return known[key]
@@ -314,6 +318,9 @@ def read_toml(path: Path, known: dict[str, Option]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise UserError(f"cannot read the preset {path}: {e}") from None
     for key, value in values.items():
+        if key not in known and not close(key, known):
+            raise UserError(f"{path} sets {key}, which this script does not have: it is another "
+                            "script's preset")
         values[key] = find(key, known).convert(f"{path}: {key}", str(value))
     return values
 

@@ -87,7 +87,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.dtype == "float16")
         if compute.main:
             print(f"speed: {getattr(self.raw, 'loss', 'plain')} loss, "
-                  f"{'fused ' if config.fused else ''}{type(self.optimizer).__name__}, "
+                  f"{'fused ' * bool(self.optimizer.defaults.get('fused'))}"
+                  f"{type(self.optimizer).__name__}, "
                   f"{'tuned malloc' if tuned else 'malloc as it is'}", flush=True)
         self.step = 0
         self.evaluated = -1  # the step of the last evaluation

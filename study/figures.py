@@ -261,7 +261,8 @@ def training(groups: Groups, x: str):
         left.legend()
     left.set_ylabel("Learning rate")
     left.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    if np.max(spans) > 5 * np.min(spans):
+    ends = np.concatenate(spans)
+    if ends.max() > 5 * ends.min():
         right.set_yscale("log")
         right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         right.yaxis.set_major_formatter("{x:g}")

@@ -15,6 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytest.importorskip("scipy", reason="pip install -r requirements-extra.txt")
+
 import compare
 from conftest import SMALL, error, read_metrics
 from engine import trainer
@@ -494,6 +496,14 @@ def test_every_rate_diverges(study):
     said = error(study("--vary", "precond_power=0,8", "--tune", "learning_rate=1,2",
                        "--tune_seeds=1", "--seeds=2")[0])
     assert "every value of --tune learning_rate=1,2 diverged for the arm precond_power=8" in said
+
+
+def test_without_scipy(call, tmp_path, monkeypatch):
+    """Said before anything is trained."""
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    said = error(call(compare, "train.py", *VARY, f"--out_dir={tmp_path / 'out'}"))
+    assert "need scipy: pip install -r requirements-extra.txt" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_help(call):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib", reason="pip install -r requirements-extra.txt")
+pytest.importorskip("scipy", reason="pip install -r requirements-extra.txt")
 
 import plot
 import train

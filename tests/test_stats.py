@@ -4,14 +4,11 @@ import pytest
 
 from study import stats
 
-
-@pytest.fixture(scope="module")
-def scipy_stats():
-    return pytest.importorskip("scipy.stats", reason="pip install -r requirements-extra.txt")
+scipy_stats = pytest.importorskip("scipy.stats", reason="pip install -r requirements-extra.txt")
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 20])
-def test_paired_is_scipys(scipy_stats, n):
+def test_paired_is_scipys(n):
     a, b = np.random.default_rng(n).normal(size=(2, n))
     ours, theirs = stats.paired((b - a).tolist()), scipy_stats.ttest_rel(b, a)
     interval = theirs.confidence_interval(0.95)

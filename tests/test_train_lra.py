@@ -103,7 +103,7 @@ def test_accuracies_and_baselines(trained):
     root = np.mean(labels["test"] == [of_root[r] for r in roots["test"]])
     assert result["baselines"] == pytest.approx({"majority": majority, "root": root})
     tested, _, more = out.partition("next: ")
-    assert "python train_lra.py listops --eval_only" in more
+    assert "python train_lra.py --eval_only" in more
     assert [line.strip() for line in tested.splitlines()[-3:]] == [
         f"test accuracy {test:.1%} on 43 samples (best checkpoint by validation accuracy, "
         f"step {saved['step']})",
