@@ -202,8 +202,8 @@ class Comparison:
         self.ended += 1
         self.left -= 1
         seconds = (time.monotonic() - self.since) / self.ended * self.left
-        print(f"{job.arm}, seed {job.seed}: {how} ({self.left} runs left, "
-              f"about {tqdm.format_interval(seconds)})", flush=True)
+        left = f" ({self.left} to go, about {tqdm.format_interval(seconds)})" if self.left else ""
+        print(f"{job.arm}, seed {job.seed}: {how}{left}", flush=True)
 
     def stop(self, number: int, frame):
         """The first signal lets the jobs save, a second one ends them at once."""
