@@ -227,7 +227,7 @@ def read_json(path: Path) -> dict:
         return value
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; a Hugging Face GPT-2 folder has "
-                        "one") from None
+                        "one, and export.py makes such a folder of a run") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): download or export the folder "
                         "again") from None

@@ -1,12 +1,15 @@
 """Processes that take turns, so that their times are measured side by side: bench.py's arms."""
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from engine import options
 from engine.device import Compute
 from engine.options import UserError
 
@@ -17,7 +20,8 @@ class Worker:
     def __init__(self, make: Callable, *arguments):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, make, arguments), daemon=True)
+        work = partial(serve, theirs, make, arguments)
+        self.process = context.Process(target=options.run, args=(work,), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -28,9 +32,9 @@ class Worker:
             return self.pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join()
-            raise UserError("a process of the bench ended with exit code "
-                            f"{self.process.exitcode} (-9: out of memory): its message is above; "
-                            "try fewer --arms or a smaller --batch_size") from None
+            raise UserError(f"an arm's process ended with exit code {self.process.exitcode}; its "
+                            "message is above (-9 without a message: out of memory, try fewer "
+                            "--arms or a smaller --batch_size)") from None
 
     def close(self):
         self.process.kill()
@@ -38,7 +42,8 @@ class Worker:
 
 
 def serve(pipe, make: Callable, arguments: tuple):
-    """The life of a Worker's process."""
+    """The life of a Worker's process, which its parent ends, on Ctrl-C too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     served = make(*arguments)
     while True:
         method, arguments = pipe.recv()

@@ -1,5 +1,32 @@
 """study/turns.py: the order of turns, and what their times say."""
-from study.turns import in_turn, overlap, quartiles
+import pytest
+
+from engine.options import UserError
+from study.turns import Worker, in_turn, overlap, quartiles
+
+
+class Careful:
+    """A Worker's object that finds a mistake, late."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def double(self, times):
+        if times > 1:
+            raise UserError("no compiler: install one")
+        return 2 * self.number
+
+
+def test_a_mistake_in_a_worker_is_a_line(capfd):
+    worker = Worker(Careful, 21)
+    try:
+        assert worker.ask("double", 1) == 42
+        with pytest.raises(UserError, match="exit code 2"):
+            worker.ask("double", 2)
+        lines = capfd.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].endswith("error: no compiler: install one")
+    finally:
+        worker.close()
 
 
 def test_turns_change_their_order():
