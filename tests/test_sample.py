@@ -247,6 +247,7 @@ def test_samples_are_drawn_in_batches(call, run, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_output_that_the_terminal_cannot_hold(run, tmp_path):
     """Question marks, whatever is not ASCII: text, undecodable bytes of a prompt, a folder."""
     odd = tmp_path / os.fsdecode(b"run\xff")
@@ -254,9 +255,6 @@ def test_output_that_the_terminal_cannot_hold(run, tmp_path):
     done = shell("sample.py", f"--out_dir={odd}", "--start=Préc", "--max_new_tokens=0",
                  PYTHONIOENCODING="ascii")
     assert done.stdout.startswith("Pr?c\n")
-    done = shell("sample.py", f"--out_dir={odd}", "--ckpt=latest", "--start=☃", check=False,
-                 PYTHONIOENCODING="ascii")
-    assert done.returncode == 2 and "is not among the 42 of the training" in done.stderr
     (odd / "best.pt").unlink()
     (odd / "ckpt.pt").write_bytes(b"")
     done = shell("sample.py", f"--out_dir={odd}", check=False)

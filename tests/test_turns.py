@@ -17,6 +17,7 @@ class Careful:
         return 2 * self.number
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_worker_is_a_line(capfd):
     worker = Worker(Careful, 21)
     try:
