@@ -98,14 +98,14 @@ def test_pairs_are_exact_and_stopping_changes_nothing(corpus, tmp_path, call, mo
     assert code == 0 and 0 not in whole["arms"]["on"]["differences"]
     assert "tokens/s" in out and (tmp_path / "whole/compare.md").read_text() in out
 
-    ended, stopped = launch.Job.ended, []
+    sleep, stopped = launch.time.sleep, []
 
-    def interrupting(self):  # when a run has begun
-        if not stopped and self.process and (self.folder / "ckpt.pt").exists():
+    def interrupting(seconds):  # when a run has begun
+        if not stopped and list((tmp_path / "parts").glob("runs/*/ckpt.pt")):
             stopped.append(os.kill(os.getpid(), signal.SIGTERM))
-        return ended(self)
+        sleep(seconds)
     with monkeypatch.context() as patch:
-        patch.setattr(launch.Job, "ended", interrupting)
+        patch.setattr(launch.time, "sleep", interrupting)
         code, _, err = call(compare, *common, *off, *again, "--jobs=2",
                             f"--out_dir={tmp_path / 'parts'}")
     assert code == 143 and "Type the same command again" in err
