@@ -15,7 +15,9 @@ seed and reported with 95% intervals.
                                 in quotes
 --tune KEY=A,B,...              first, train each arm with each value, on seeds that serve for
                                 this alone. Each arm keeps its best value for the seeds that are
-                                reported
+                                reported. A best number at an end of those tried is followed by
+                                one beyond it, up to three times. Given twice, the second option
+                                is tuned at the best value of the first
 
 Runs of another configuration, data file, thread count, torch version or code never mix in. Ctrl-C
 lets the runs save. Typing the same command again keeps what is finished and resumes what was
@@ -34,7 +36,7 @@ from typing import Annotated
 from engine import options
 from engine.options import UserError, at_least
 from study import figures, report, runs
-from study.arms import make_arms
+from study.arms import make_arms, read_tunings
 from study.launch import TUNE_SEED, Comparison, Stopped
 from study.runs import SCRIPTS
 
@@ -43,7 +45,6 @@ from study.runs import SCRIPTS
 class Config(options.Options):
     seeds: Annotated[int, "number of seeds", at_least(2)] = 5
     first_seed: Annotated[int, "the first of them", options.seed] = 1
-    tune: Annotated[str, "KEY=A,B,...: pick the best value for each arm"] = ""
     tune_seeds: Annotated[int, f"number of seeds to pick it on, from {TUNE_SEED} on",
                           at_least(1)] = 2
     jobs: Annotated[int, "runs at once; speed is reported from 1", at_least(1)] = 1
@@ -56,9 +57,6 @@ class Config(options.Options):
         end = self.first_seed + self.seeds
         if wrong := options.seed("the last seed", end - 1, self):
             raise ValueError(wrong)
-        if self.tune and self.first_seed < TUNE_SEED + self.tune_seeds and end > TUNE_SEED:
-            raise ValueError(f"first_seed={self.first_seed}: the seeds must not reach those of "
-                             f"--tune, {TUNE_SEED} and on")
 
 
 def read(argv: list[str]) -> Comparison:
@@ -70,7 +68,7 @@ def read(argv: list[str]) -> Comparison:
         raise UserError(f"name the script to compare first: {', '.join(SCRIPTS)}; see --help")
     known = options.options(Config)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in (*known, "vary", "arm"):
+    for name in (*known, "vary", "arm", "tune"):
         parser.add_argument(f"--{name}", action="append", default=[])
     try:
         given, theirs = parser.parse_known_args(words)
@@ -81,7 +79,8 @@ def read(argv: list[str]) -> Comparison:
             options.find(word, options.options(SCRIPTS[script].Config) | known)
     ours = [f"--{name}={value}" for name in known for value in getattr(given, name)]
     config, _ = options.parse(Config, ours, __doc__)
-    return Comparison(config, script, theirs, make_arms(given.vary, given.arm))
+    return Comparison(config, script, theirs, make_arms(given.vary, given.arm),
+                      read_tunings(given.tune))
 
 
 def main():
@@ -89,7 +88,7 @@ def main():
     command = shlex.join(["python", "compare.py", *sys.argv[1:]])
     try:
         comparison.execute()
-        print(report.write(comparison.folder, comparison.arms, command, comparison.tune))
+        print(report.write(comparison.folder, comparison.arms, command))
     except OSError as e:
         raise UserError(f"cannot write to {e.filename or comparison.folder}: {e.strerror}. "
                         "Type the same command again when that is mended") from None

@@ -1,6 +1,7 @@
 """The arms of a comparison, as --vary and --arm ask for them."""
 import itertools
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +13,9 @@ class Arm:
     name: str
     words: list[str]  # its options, as typed: ["--precond=True"]
     beside: str = ""  # in a grid: the arm with the first value of the last --vary, else the same
-    tuned: dict[str, float | None] = field(default_factory=dict)  # value -> mean; None: diverged
-    chosen: str | None = None  # the best of these values
+    # Of each option of --tune, value -> mean result; None: diverged.
+    tuned: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)  # option -> the best of these values
     folders: list[Path] = field(default_factory=list)  # of its runs, by seed
 
     @property
@@ -44,6 +46,36 @@ def settings_of(text: str) -> list[str]:
     if not (key and values):
         raise UserError(f"--vary {text}: write --vary KEY=VALUE,VALUE")
     return [f"{key}={value}" for value in values.split(",")]
+
+
+def read_tunings(texts: list[str]) -> dict[str, list[str]]:
+    """["KEY=A,B", ...] -> {KEY: [A, B], ...}, in the order in which they are tuned."""
+    tunings = {}
+    for text in texts:
+        key, _, values = text.partition("=")
+        values = list(dict.fromkeys(values.split(",")))
+        if not key or len(values) < 2:
+            raise UserError(f"--tune {text}: write --tune KEY=VALUE,VALUE")
+        if key in tunings:
+            raise UserError(f"--tune {key} is given twice: write all its values in one")
+        tunings[key] = values
+    return tunings
+
+
+def beyond(values: Iterable[str], best: str) -> str | None:
+    """The value to try next where the best one is at an end of the values tried, else None.
+
+    It lies as far from the best as that lies from its neighbour, by ratio. Only positive numbers
+    have such a value.
+    """
+    try:
+        numbers = sorted({float(value) for value in values})
+    except ValueError:  # words have no end
+        return None
+    if numbers[0] <= 0 or len(numbers) < 2 or float(best) not in (numbers[0], numbers[-1]):
+        return None
+    neighbour = numbers[1] if float(best) == numbers[0] else numbers[-2]
+    return f"{float(best) ** 2 / neighbour:.10g}"
 
 
 def named_arm(text: str) -> Arm:

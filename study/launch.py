@@ -24,7 +24,7 @@ from engine.lock import Lock
 from engine.metrics import METRICS
 from engine.options import DATA, UserError
 from study import stats
-from study.arms import Arm
+from study.arms import Arm, beyond
 from study.fingerprint import code_hash, content, hash_of
 from study.runs import SCRIPTS, Run, identity
 
@@ -33,6 +33,7 @@ OURS = {"seed": "--seeds and --first_seed choose the seeds",
         "out_dir": "--out_dir is the comparison's", "overwrite": "finished runs are kept",
         "eval_only": "a comparison trains"}
 TUNE_SEED = 100_001  # the first of the seeds that --tune uses
+WIDENINGS = 3  # values beyond those given that --tune may try
 POLL = 0.5  # seconds between looks at the jobs
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -58,9 +59,11 @@ class Comparison:
     """The arms of one command, their jobs, and what is known of them.
 
     config: compare.py's options. script: "train.py", and `theirs` its options as typed.
+    tunings: the values of each option of --tune.
     """
 
-    def __init__(self, config, script: str, theirs: list[str], arms: list[Arm]):
+    def __init__(self, config, script: str, theirs: list[str], arms: list[Arm],
+                 tunings: dict[str, list[str]]):
         self.config = config
         self.script = script
         self.theirs = theirs
@@ -68,10 +71,7 @@ class Comparison:
         self.folder = Path(config.out_dir)
         self.module = SCRIPTS[script]
         self.code = code_hash(ROOT / script)
-        self.tune, _, values = config.tune.partition("=")
-        self.tune_values = list(dict.fromkeys(values.split(",")))
-        if config.tune and len(self.tune_values) < 2:
-            raise UserError(f"--tune {config.tune}: write --tune KEY=VALUE,VALUE")
+        self.tunings = tunings
         self.signal = 0
         self.active = []
         self.check()
@@ -79,24 +79,27 @@ class Comparison:
     def check(self):
         """Raises UserError for anything that would stop a job before it begins."""
         stats.scipy_stats()
+        first = self.config.first_seed
+        if (self.tunings and first < TUNE_SEED + self.config.tune_seeds
+                and first + self.config.seeds > TUNE_SEED):
+            raise UserError(f"first_seed={first}: the seeds must not reach those of --tune, "
+                            f"{TUNE_SEED} and on")
         for name in OURS.keys() & self.parse([])[1].keys():
             raise UserError(f"--{name} cannot be given here: {OURS[name]}")
         known = options.options(self.module.Config)
         evaluated = set()
         for arm in self.arms:
             settings = dict.fromkeys(arm.keys, f"the arm {arm.name!r}")
-            if self.tune in settings:
-                raise UserError(f"{self.tune} is tuned, and set by the arm {arm.name!r}: "
-                                "choose one")
-            if self.tune:
-                settings[self.tune] = "--tune"
+            for key in self.tunings.keys() & settings:
+                raise UserError(f"{key} is tuned, and set by the arm {arm.name!r}: choose one")
+            settings |= dict.fromkeys(self.tunings, "--tune")
             for key, who in settings.items():
                 if key in OURS or options.find(key, known).mark == DATA:
                     reason = OURS.get(key, "arms on different data cannot be paired")
                     raise UserError(f"{who} sets {key}: {reason}")
-            for value in self.tune_values:
-                job = self.job(arm, self.config.first_seed, value)
-                values = job.identity["config"]
+            tried = [{key: value} for key, values in self.tunings.items() for value in values]
+            for chosen in tried or [{}]:
+                values = self.job(arm, self.config.first_seed, chosen).identity["config"]
                 if values["max_iters"] < 1:
                     raise UserError("max_iters=0 trains nothing that could be compared")
                 evaluated.add(values["batch_size"] * values["eval_iters"])
@@ -113,11 +116,10 @@ class Comparison:
             argv = self.module.preset_of_task(argv)
         return options.parse(self.module.Config, argv, "")
 
-    def job(self, arm: Arm, seed: int, value: str | None = "") -> Job:
-        """value: the tuned option's. Raises UserError for options that the script refuses."""
-        words = [*arm.words, f"--seed={seed}"]
-        if self.tune:
-            words.insert(-1, f"--{self.tune}={value}")
+    def job(self, arm: Arm, seed: int, chosen: dict[str, str]) -> Job:
+        """chosen: the tuned options' values. Raises UserError for what the script refuses."""
+        tuned = [f"--{key}={value}" for key, value in chosen.items()]
+        words = [*arm.words, *tuned, f"--seed={seed}"]
         config, _ = self.parse(words)
         device = pick_device(config.device)
         values = identity(dataclasses.asdict(config))
@@ -219,24 +221,17 @@ class Comparison:
         config = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = Lock(self.folder / "lock", str(self.folder))
-        count = config.seeds  # of an arm's jobs
-        trials = {}
-        if self.tune:
-            count += config.tune_seeds * len(self.tune_values)
-            seeds = range(TUNE_SEED, TUNE_SEED + config.tune_seeds)
-            trials = {(arm.name, value): [self.job(arm, seed, value) for seed in seeds]
-                      for arm in self.arms for value in self.tune_values}
-        self.left = count * len(self.arms)
+        tuning = config.tune_seeds * sum(map(len, self.tunings.values()))
+        self.left = (config.seeds + tuning) * len(self.arms)
         self.ended = 0  # by this command
         self.since = time.monotonic()
         before = {number: signal.signal(number, self.stop)
                   for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self.train(by_seed(trials))
+            for key in self.tunings:
+                self.tune(key)
             jobs = {}
             for arm in self.arms:
-                if self.tune:
-                    self.choose(arm, trials)
                 seeds = range(config.first_seed, config.first_seed + config.seeds)
                 jobs[arm.name] = [self.job(arm, seed, arm.chosen) for seed in seeds]
                 arm.folders = [job.folder for job in jobs[arm.name]]
@@ -246,20 +241,57 @@ class Comparison:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def choose(self, arm: Arm, trials: dict):
-        """Give the arm the value with the best mean on the tuning seeds, if it never diverged."""
+    def tune(self, key: str):
+        """Give each arm its best value of this option, at its best ones of those before.
+
+        An arm whose best is at an end of its values gets one more beyond, up to WIDENINGS times.
+        """
+        seeds = range(TUNE_SEED, TUNE_SEED + self.config.tune_seeds)
+        tried = {arm.name: list(self.tunings[key]) for arm in self.arms}
+        for widening in range(WIDENINGS + 1):
+            trials = {(arm.name, value): [self.job(arm, seed, arm.chosen | {key: value})
+                                          for seed in seeds]
+                      for arm in self.arms for value in tried[arm.name]}
+            self.train(by_seed(trials))
+            best = {arm.name: self.best_value(arm, key, tried[arm.name], trials)
+                    for arm in self.arms}
+            if widening == WIDENINGS or not self.widen(key, tried, best):
+                break
+        for arm in self.arms:
+            arm.chosen[key] = best[arm.name]
+
+    def best_value(self, arm: Arm, key: str, values: list[str], trials: dict) -> str:
+        """The value with the best mean on the tuning seeds, if it never diverged."""
         means = {}
-        for value in self.tune_values:
+        for value in values:
             runs = [Run.read_ended(job.folder) for job in trials[arm.name, value]]
             if not any(run.diverged for run in runs):
                 means[value] = statistics.fmean(run.final for run in runs)
                 metric = runs[0].metric
         if not means:
-            raise UserError(f"every value of --tune {self.config.tune} diverged for the arm "
+            raise UserError(f"every value of --tune {key}={','.join(values)} diverged for the arm "
                             f"{arm.name}: give lower ones")
-        arm.tuned = {value: means.get(value) for value in self.tune_values}
+        arm.tuned[key] = {value: means.get(value) for value in values}
         pick = min if METRICS[metric].better == "lower" else max
-        arm.chosen = pick(means, key=means.get)
+        return pick(means, key=means.get)
+
+    def widen(self, key: str, tried: dict[str, list[str]], best: dict[str, str]) -> bool:
+        """Whether a value was added to those of any arm."""
+        widened = False
+        for arm in self.arms:
+            value = beyond(tried[arm.name], best[arm.name])
+            if value is None:
+                continue
+            try:
+                self.job(arm, TUNE_SEED, arm.chosen | {key: value})
+            except UserError:  # the script knows no such value: the end is the option's own
+                continue
+            print(f"{arm.name}: {key}={best[arm.name]} is the best yet and at the end of the "
+                  f"values tried; {value} is next", flush=True)
+            tried[arm.name].append(value)
+            self.left += self.config.tune_seeds
+            widened = True
+        return widened
 
 
 def by_seed(jobs: dict) -> list[Job]:

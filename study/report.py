@@ -13,7 +13,7 @@ from pathlib import Path
 from engine.metrics import METRICS, is_better
 from engine.options import UserError
 from study import stats
-from study.arms import Arm
+from study.arms import Arm, beyond
 from study.runs import Run
 
 SEEN_BY_LAYER = {"kappa of A": "kappa_before", "kappa of C A": "kappa_after",
@@ -21,18 +21,18 @@ SEEN_BY_LAYER = {"kappa of A": "kappa_before", "kappa of C A": "kappa_after",
 DIFFERENCE = ("difference", "95% interval", "seeds won", "p (Holm)")
 
 
-def write(folder: Path, arms: list[Arm], command: str, tune: str) -> str:
+def write(folder: Path, arms: list[Arm], command: str) -> str:
     """Write compare.md and compare.json to `folder`; returns the former.
 
-    tune: the option of --tune. Raises UserError where a run has not ended, or all diverged.
+    Raises UserError where a run has not ended, or all diverged.
     """
     summary = summarise(arms)
     tuned = {arm.name: arm.tuned for arm in arms if arm.tuned}
     lines = [*heading(summary, command), *results(summary), *within_grid(summary),
              *costs(summary, f"{command} --jobs=1 --out_dir={shlex.quote(str(folder))}-alone"),
              *by_layer(summary)]
-    if tuned:
-        lines += tuning(arms, tune, summary["metric"])
+    for option in arms[0].tuned:
+        lines += tuning(arms, option, summary["metric"])
     text = "\n".join(lines)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.md").write_text(text, encoding="utf-8")
@@ -230,24 +230,28 @@ def by_layer(summary: dict) -> list[str]:
             *table(["arm", "what", *(f"layer {i}" for i in range(depth - 2))], rows)]
 
 
-def tuning(arms: list[Arm], tune: str, metric: str) -> list[str]:
-    rows, edge = [], []
-    values = list(arms[0].tuned)
+def tuning(arms: list[Arm], option: str, metric: str) -> list[str]:
+    values = {value for arm in arms for value in arm.tuned[option]}
     try:
-        ends = min(values, key=float), max(values, key=float)
-    except ValueError:  # words have no end
-        ends = ()
+        values = sorted(values, key=float)
+    except ValueError:  # words have no order
+        values = list(arms[0].tuned[option])
+    rows = []
+    edge = []
     for arm in arms:
+        tried = arm.tuned[option]
         rows.append([arm.name])
-        for value, mean in arm.tuned.items():
-            mark = "*" if value == arm.chosen else ""
-            rows[-1].append("diverged" if mean is None else f"{mean:.4f}{mark}")
-        if arm.chosen in ends:
+        for value in values:
+            mean = tried.get(value)
+            said = "diverged" if value in tried else ""
+            mark = "*" if value == arm.chosen[option] else ""
+            rows[-1].append(said if mean is None else f"{mean:.4f}{mark}")
+        if beyond(tried, arm.chosen[option]):
             edge.append(arm.name)
-    lines = [f"Mean {metric} by {tune}, on other seeds; each arm has its best one (*):", "",
+    lines = [f"Mean {metric} by {option}, on other seeds; each arm has its best one (*):", "",
              *table(["arm", *values], rows)]
     if edge:
-        lines += [f"The best {tune} of {', '.join(edge)} is at the end of the values tried: "
+        lines += [f"The best {option} of {', '.join(edge)} is at the end of the values tried: "
                   "a wider range may change the result.", ""]
     return lines
 

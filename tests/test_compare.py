@@ -21,7 +21,7 @@ import compare
 from conftest import SMALL, error, read_metrics
 from engine import trainer
 from study import figures, fingerprint, launch, report, runs, stats
-from study.arms import make_arms
+from study.arms import beyond, make_arms
 
 TINY = [*SMALL, "--max_iters=6", "--eval_interval=2", "--log_interval=1", "--warmup_iters=2"]
 VARY = ["--vary", "precond=False,True"]
@@ -202,8 +202,9 @@ def test_higher_accuracy_is_better(study, fake):
                                 "learning_rate=1e-3,1e-2", script="train_lra.py")
     assert result["metric"] == "val_accuracy" and result["arms"]["precond_power=1"]["wins"] == 0
     assert "precond_power=1 is worse than precond_power=0" in out
-    # the higher mean of the two is chosen, where the rate is wrong by 0.009
-    assert "0.0010" not in out and "2.0240*" in out
+    # The higher mean is chosen: the rate that is wrong by more, and one beyond it, three times.
+    chosen = {name: max(means, key=means.get) for name, means in rates(result).items()}
+    assert chosen == {"precond_power=0": "10", "precond_power=1": "1e-06"}
 
 
 def test_differences_without_a_spread_are_not_tested(study):
@@ -237,20 +238,61 @@ def test_reaching_the_target_on_few_seeds_is_not_reaching_it():
     assert report.reached(run, 2.0) == (5, 1.0) and report.reached(run, 0.5) is None
 
 
+def rates(result):
+    """Arm -> the mean of each learning rate tried."""
+    return {name: tuned["learning_rate"] for name, tuned in result["tuned"].items()}
+
+
 @pytest.mark.slow
 def test_each_arm_gets_its_own_rate_from_other_seeds(study, tmp_path):
+    """The best rates of the fake runs are 1e-3 and 1e-2."""
     (code, out, _), result = study("--vary", "precond_power=0,1", "--tune",
                                    "learning_rate=1e-3,3e-3,1e-2", "--seeds=2", "--tune_seeds=1")
     assert code == 0
-    rates = {name: min(means, key=means.get) for name, means in result["tuned"].items()}
-    assert rates == {"precond_power=0": "1e-3", "precond_power=1": "1e-2"}
-    assert "at the end of the values tried" in out
+    best = {name: min(means, key=means.get) for name, means in rates(result).items()}
+    assert best == {"precond_power=0": "1e-3", "precond_power=1": "1e-2"}
+    # Both are at an end: one value beyond shows that they are the best.
+    assert list(rates(result)["precond_power=0"])[3:] == ["0.0003333333333"]
+    assert list(rates(result)["precond_power=1"])[3:] == ["0.03333333333"]
+    assert "at the end of the values tried: a wider" not in out
     words = [(f / "started.txt").read_text() for f in folders(tmp_path / "out")]
     tuning = [w for w in words if "--seed=100001" in w]
     reported = [w for w in words if "--seed=1 " in w or "--seed=2 " in w]
-    assert len(tuning) == 6 and len(reported) == 4 and len(words) == 10
+    assert len(tuning) == 8 and len(reported) == 4 and len(words) == 12
     assert all(("learning_rate=1e-3" in w) == ("precond_power=0" in w) for w in reported)
     assert result["arms"]["precond_power=0"]["final"] == pytest.approx([2.01, 2.02])
+
+
+@pytest.mark.slow
+def test_tuning_goes_three_values_beyond_and_then_says_so(study, tmp_path):
+    (code, out, _), result = study("--vary", "precond_power=0,1", "--tune",
+                                   "learning_rate=1e-5,2e-5", "--seeds=2", "--tune_seeds=1")
+    assert code == 0 and "a wider range may change the result" in out
+    beyond = ["1e-5", "2e-5", "4e-05", "8e-05", "0.00016"]
+    assert all(list(means) == beyond for means in rates(result).values())
+    words = [(f / "started.txt").read_text() for f in folders(tmp_path / "out")]
+    assert len(words) == 2 * 5 + 2 * 2  # values that were tried once are not trained again
+
+
+@pytest.mark.slow
+def test_two_options_are_tuned_one_after_the_other(study, tmp_path):
+    (code, out, _), result = study("--vary", "precond_power=0,1", "--seeds=2", "--tune_seeds=1",
+                                   "--tune", "learning_rate=5e-4,1e-3,2e-3,1e-2,2e-2",
+                                   "--tune", "lr_schedule=linear,constant")
+    assert code == 0 and "by learning_rate" in out and "by lr_schedule" in out
+    assert list(result["tuned"]["precond_power=1"]) == ["learning_rate", "lr_schedule"]
+    words = [(f / "started.txt").read_text() for f in folders(tmp_path / "out")]
+    schedule = [w for w in words if "--seed=100001" in w and "lr_schedule" in w]
+    assert len(schedule) == 4
+    assert all(("learning_rate=1e-2" in w) == ("precond_power=1" in w) for w in schedule)
+
+
+def test_the_value_beyond_an_end():
+    assert beyond(["1e-3", "2e-3", "4e-3"], "2e-3") is None
+    assert beyond(["2e-3", "1e-3"], "2e-3") == "0.004"
+    assert beyond(["2e-3", "1e-3"], "1e-3") == "0.0005"
+    assert beyond(["8", "16"], "16") == "32"
+    assert beyond(["0", "0.1"], "0") is None and beyond(["cosine", "linear"], "linear") is None
 
 
 @pytest.mark.slow
@@ -394,7 +436,7 @@ def test_two_spellings_of_one_value_are_one_run(study, tmp_path):
     (code, _, _), result = study("--vary", "precond_power=0,1", "--seeds=2", "--tune",
                                  "learning_rate=1e-3,0.001", "--jobs=4")
     assert code == 0 and len(folders(tmp_path / "out")) == 2 * 2 + 2 * 2
-    assert all(len(set(means.values())) == 1 for means in result["tuned"].values())
+    assert all(len(set(means.values())) == 1 for means in rates(result).values())
 
 
 def test_a_folder_that_cannot_be_written(call, tmp_path):
@@ -406,7 +448,7 @@ def test_a_folder_that_cannot_be_written(call, tmp_path):
 def test_a_run_left_behind_keeps_its_folder(fake, tmp_path, monkeypatch):
     comparison = compare.read(["train.py", "--vary", "precond_power=9,0", "--seeds=2",
                                f"--out_dir={tmp_path / 'out'}"])
-    run = comparison.job(comparison.arms[0], 1)
+    run = comparison.job(comparison.arms[0], 1, {})
     comparison.folder.mkdir()
     with open(comparison.folder / "lock", "w") as comparison.lock:
         fcntl.flock(comparison.lock, fcntl.LOCK_EX)
@@ -424,7 +466,7 @@ def test_pretrained_weights_are_read_once(tmp_path):
     starts = [compare.read(["train.py", "--vary", "precond=False,True", f"--init_from={name}",
                             f"--out_dir={tmp_path}"])
               for name in ("gpt2", "scratch", "auto")]
-    gpt2, scratch, auto = [comparison.job(comparison.arms[0], 1) for comparison in starts]
+    gpt2, scratch, auto = [comparison.job(comparison.arms[0], 1, {}) for comparison in starts]
     assert scratch.folder == auto.folder != gpt2.folder
     assert starts[0].command(gpt2)[-1] == "--init_from=gpt2"
     assert starts[1].command(scratch)[-1] == "--init_from=auto"

@@ -8,7 +8,7 @@ from conftest import ROOT, shell
 from engine import options
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-OF_COMPARE = {"vary", "arm"}  # options that compare.py reads by itself
+OF_COMPARE = {"vary", "arm", "tune"}  # options that compare.py reads by itself
 
 
 def commands(text: str) -> list[str]:
