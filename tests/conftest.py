@@ -33,7 +33,10 @@ def pytest_sessionfinish(session):
 
     Data alone may be missing: a skip is excused where its reason names a variable that is not set.
     """
-    skipped = session.config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:
+        return  # one of several processes of pytest -n: the first one reports for all
+    skipped = reporter.stats.get("skipped", [])
     unset = [name for name in DATA_VARIABLES if not os.environ.get(name)]
     unexcused = [test for test in skipped if not any(name in str(test.longrepr) for name in unset)]
     if os.environ.get("CI") == "true" and unexcused and session.exitstatus == pytest.ExitCode.OK:
