@@ -140,6 +140,7 @@ class Option:
     name: str
     type: Any
     default: Any
+    declared: Any  # the default of the class that declares it: what was done before it was there
     help: str
     mark: str  # one of the four above, or ""
     checks: tuple[Callable, ...]
@@ -169,15 +170,19 @@ class Option:
 def options(cls: type) -> dict[str, Option]:
     """The fields of a configuration as Options, in the order of their declaration."""
     hints = {}
+    declared = {}
     for base in reversed(cls.__mro__):
-        own = get_type_hints(base, include_extras=True)
-        hints |= {name: hint for name, hint in own.items() if get_origin(hint) is Annotated}
+        for name, hint in get_type_hints(base, include_extras=True).items():
+            if get_origin(hint) is Annotated:
+                hints[name] = hint
+                declared.setdefault(name, getattr(base, name))
     result = {}
     for field in dataclasses.fields(cls):
         kind, help, *rest = get_args(hints[field.name])
         mark = next((part for part in rest if isinstance(part, str)), "")
         checks = tuple(part for part in rest if callable(part))
-        result[field.name] = Option(field.name, kind, field.default, help, mark, checks)
+        result[field.name] = Option(field.name, kind, field.default,
+                                    declared[field.name], help, mark, checks)
     return result
 
 
@@ -253,6 +258,7 @@ def resume(cls: type, saved: dict[str, Any], typed: dict[str, Any],
            preset: dict[str, Any] | None = None, evaluate: bool = False) -> Any:
     """The configuration of a resumed run: the saved one, in which only `typed` options change.
 
+    Options that are newer than the checkpoint have their declared defaults.
     evaluate: it will not be trained on. Raises UserError where a fixed option, typed or of a
     preset, is not the run's.
     """
@@ -260,9 +266,10 @@ def resume(cls: type, saved: dict[str, Any], typed: dict[str, Any],
     if unknown := sorted(set(saved) - set(known)):
         raise UserError("the checkpoint has options that this script does not know "
                         f"({', '.join(unknown)}): another script or version wrote it")
+    saved = {option.name: option.declared for option in known.values()} | saved
     fixed = {FIXED, DATA} if evaluate else {FIXED, DATA, FIXED_IN_TRAINING}
     for key, value in ((preset or {}) | typed).items():
-        before = saved.get(key, known[key].default)
+        before = saved[key]
         if known[key].mark in fixed and before != value:
             has = f"cannot change on resume: the run has {key}={before}"
             if key in typed:

@@ -5,14 +5,15 @@ et al. 2024, https://kellerjordan.github.io/posts/muon):
 
     X_0 = G / ||G||_F,   X_(k+1) = a X_k + b (X_k X_k^T) X_k + c (X_k X_k^T)^2 X_k
 
-a, b and c make small singular values grow fast. They do not converge: after five iterations most
-singular values lie between 0.7 and 1.2, which serves training as well. torch.optim.Muon does the
-same in bfloat16, one matrix at a time, which is slow on processors that do not multiply bfloat16.
+Each singular value x goes through a x + b x^3 + c x^5, the singular vectors stay. torch.optim.Muon
+takes five such steps with one (a, b, c). Here each step has its own, and three are enough (Amsel et
+al. 2025, arXiv 2505.16932): of all such polynomials the one nearest to 1 where the values of the
+step before lie, which is [0.005, 1] at first. The smallest values grow by 103, those from 0.005 on
+end between 0.5 and 1.5. That serves training as well.
 """
 import torch
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
+COEFFICIENTS = ((8.2987, -24.4305, 18.0903), (3.9152, -2.9211, 0.5592), (3.1746, -2.3804, 0.4978))
 
 
 def orthogonalise(g: torch.Tensor) -> torch.Tensor:
@@ -29,8 +30,7 @@ def orthogonalise(g: torch.Tensor) -> torch.Tensor:
 
 
 def by_products(x: torch.Tensor) -> torch.Tensor:
-    a, b, c = COEFFICIENTS
-    for _ in range(ITERATIONS):
+    for a, b, c in COEFFICIENTS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
@@ -40,12 +40,12 @@ def by_gram(x: torch.Tensor) -> torch.Tensor:
     """The same with all iterations on the small X X^T and one product with X at the end.
 
     X_k is P_k X_0 with a polynomial P_k in X_0 X_0^T, and X_k X_k^T is P_k^2 X_0 X_0^T, because
-    polynomials in one matrix commute. For (C, 4 C) it takes 0.6 of the multiplications.
+    polynomials in one matrix commute. For (C, 4 C) it takes 0.63 of the multiplications.
     """
-    a, b, c = COEFFICIENTS
     gram = x @ x.mT  # (..., short, short)
-    product = identity = torch.eye(gram.size(-1), dtype=x.dtype, device=x.device)
-    for _ in range(ITERATIONS):
+    identity = torch.eye(gram.size(-1), dtype=x.dtype, device=x.device)
+    product = identity
+    for a, b, c in COEFFICIENTS:
         step = a * identity + b * gram + c * gram @ gram
         product = step @ product
         gram = step @ gram @ step
