@@ -65,7 +65,7 @@ def preset(script, name: str, *changes: str):
 
 LISTOPS = TASKS["listops"]
 SIZES = {
-    "default": Size(train.Config(), 65, ((1, 1, 63),)),
+    "default": Size(preset(train, "shakespeare_char_adamw"), 65, ((1, 1, 63),)),
     "char_gpu": Size(preset(train, "shakespeare_char_gpu", "--batch_size=4", "--dropout=0"), 65,
                      ((1, 1, 255), (8, 1, 255), (1, 200, 50))),
     "gpt2_124m": Size(preset(train, "gpt2_124m", "--batch_size=4",
@@ -75,6 +75,7 @@ SIZES = {
 }
 ARMS = {"baseline": {}, "precond": {"precond": True},
         "precond_grad": {"precond": True, "precond_grad": True}, "explicit": {"explicit": True},
+        "muon": {"optimizer": "muon"},
         "nystrom": {"attention": "nystrom"},
         "nystrom_precond": {"attention": "nystrom", "precond": True}}
 

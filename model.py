@@ -7,7 +7,7 @@ The preconditioner is in precond.py, the mechanisms are in attention.py.
 Shapes: B sequences, T tokens, C = n_embd channels, head_dim = C / n_head.
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
@@ -23,7 +23,6 @@ from engine.options import (
     FIXED,
     FIXED_IN_TRAINING,
     at_least,
-    build,
     divides,
     in_range,
     odd_or_zero,
@@ -210,15 +209,6 @@ class GPT(Transformer):
         super().__init__(config, vocab_size, causal=True)
         self.head = None  # the embedding in another form, from engine/packed.py
         self.init_weights(std=0.02)  # GPT-2's
-
-    @classmethod
-    def from_checkpoint(cls, saved: dict) -> "GPT":
-        """The model of a train.py checkpoint, in evaluation mode, on the CPU."""
-        config = saved["config"]
-        values = {f.name: config[f.name] for f in fields(ModelConfig) if f.name in config}
-        model = cls(build(ModelConfig, values), saved["task"]["vocab_size"])
-        model.load_state_dict(saved["model"])
-        return model.eval()
 
     def forward(self, idx, targets=None, cache: KVCache | None = None):
         """Tokens (B, T) -> logits (B, T, vocab_size) and, with targets (B, T), the loss.

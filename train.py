@@ -39,6 +39,14 @@ class Config(TrainerConfig, ModelConfig):
     init_from: Annotated[str, "scratch, resume, auto (resume if there is something to resume), "
                               "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face GPT-2 "
                               "folder"] = "scratch"
+    # Measured to be the best in two minutes (BENCHMARKS.md); AdamW wants a learning_rate of 3e-3.
+    optimizer: str = "muon"
+    init: str = "zero"
+    max_iters: int = 1500
+    learning_rate: float = 1.2e-2
+    lr_schedule: str = "linear"
+    warmup_iters: int = 50
+    min_lr: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()

@@ -7,7 +7,7 @@ NAMES = {
         "leave it out: every evaluation saves ckpt.pt, and best.pt keeps the best model",
     "--backend": "leave it out: nccl on GPUs, gloo on CPUs",
     "--decay_lr=False": "--lr_schedule=constant",
-    "--decay_lr": "--lr_schedule=cosine, the default",
+    "--decay_lr": "--lr_schedule=cosine",
     "--lr": "--learning_rate",
     "--vocab_size": "leave it out: the data's vocabulary decides",
     "--dataset=shakespeare_char": "--dataset=tinyshakespeare",

@@ -12,7 +12,7 @@ from train import Config
 from train_lra import Config as ClassifierConfig
 
 SHAPE = dict(block_size=8, n_layer=1, n_head=2, n_embd=16, batch_size=2)
-SIZE = bench.Size(Config(**SHAPE), 13)
+SIZE = bench.Size(Config(**SHAPE, init="gpt2"), 13)
 TINY = """
     import sys
     sys.path.insert(0, {root!r})

@@ -42,7 +42,7 @@ def lm(corpus, tmp_path_factory):
         for seed in (1, 2):
             groups.setdefault(arm, []).append(base / f"{arm}-{seed}")
             teach(train, *SMALL, *corpus, *arguments, f"--seed={seed}", "--max_iters=6",
-                  "--eval_interval=2", "--log_interval=1", "--warmup_iters=2",
+                  "--init=gpt2", "--eval_interval=2", "--log_interval=1", "--warmup_iters=2",
                   f"--out_dir={groups[arm][-1]}")
     return groups
 
