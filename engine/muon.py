@@ -41,7 +41,8 @@ class Muon(torch.optim.Optimizer):
 
     An update of a matrix (m, n) is 0.2 sqrt(max(m, n)) times an orthogonal one, which is as large
     as AdamW's usually are (Liu et al. 2025, arXiv 2502.16982). q, k and v lie in one matrix
-    (3 C, C) and are three matrices here.
+    (3 C, C) and are three matrices here: as one they ended at a higher loss (BENCHMARKS.md).
+    torch.optim.Muon is not used: it goes matrix by matrix, in bfloat16 on every processor.
     """
 
     def __init__(self, groups: list[dict], *, momentum: float, lr: float, weight_decay: float,
@@ -73,7 +74,9 @@ class Muon(torch.optim.Optimizer):
             parts = 3 if rows == 3 * columns else 1
             stack = torch.stack([self.direction(p) for p in matrices])  # (n, rows, columns)
             stack = stack.view(-1, rows // parts, columns)
-            updates = orthogonalise(stack).view(-1, rows, columns)
+            # A GPU multiplies bfloat16 much faster than float32, and two digits are enough here.
+            fast = torch.bfloat16 if stack.is_cuda else stack.dtype
+            updates = orthogonalise(stack.to(fast)).to(stack.dtype).view(-1, rows, columns)
             size = 0.2 * max(rows // parts, columns) ** 0.5
             for p, update in zip(matrices, updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -1,5 +1,6 @@
 """Runs as figures for a paper; plot.py says which, and what their lines and bands are."""
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from engine.options import DATA, DataError, UserError, marked
 from study import stats
 from study.canvas import COLOURS, DARK, INFINITE, LETTER, STYLE, canvas, focus, key, line
 from study.fingerprint import hash_of
+from study.forest import forest
 from study.runs import Groups, Run, script_of, series
 from study.spectra import spectra
 
@@ -36,16 +38,12 @@ def draw(groups: dict[str, list[Path]], out: Path, x: str = "step", layer: int =
     gone there is no spectrum, and a line says so. Raises UserError for runs that do not belong in
     one figure, and where matplotlib is missing.
     """
-    try:
-        from matplotlib import rc_context
-    except ImportError:
-        raise UserError("figures need matplotlib: "
-                        "pip install -r requirements-extra.txt") from None
+    in_style = rc_context()
     # A dollar sign would begin a formula.
     runs = {label.replace("$", r"\$"): [Run.read(Path(folder)) for folder in folders]
             for label, folders in groups.items()}
     check(runs, x, layer)
-    with rc_context(STYLE):
+    with in_style(STYLE):
         figures = {"validation": validation(runs, x), "kappa": kappa(runs, x),
                    "training": training(runs, x)}
         if differences := final_differences(runs):
@@ -54,17 +52,41 @@ def draw(groups: dict[str, list[Path]], out: Path, x: str = "step", layer: int =
             figures["spectrum"] = spectrum(runs, spectra(runs, layer), layer)
         except DataError as e:
             print(f"no spectrum: {e}", flush=True)
-        written = []
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            for name, figure in figures.items():
-                svg = {"Date": None, "Identifier": owner(groups)}
-                for kind, metadata in ("png", None), ("svg", svg):
-                    path = out / f"{name}.{kind}"
-                    figure.savefig(path, metadata=metadata)
-                    written.append(path)
-        except OSError as e:
-            raise UserError(f"cannot write to {out}: {e.strerror or e}") from None
+        return write(figures, out, owner(groups))
+
+
+def draw_forest(paths: list[Path], out: Path) -> list[Path]:
+    """Write the forest plot of compare.json files to `out`; returns the files.
+
+    Raises UserError.
+    """
+    with rc_context()(STYLE):
+        return write({"forest": forest(paths)}, out, hash_of(sorted(map(str, paths))))
+
+
+def rc_context() -> Callable:
+    """matplotlib's. Raises UserError where it is missing."""
+    try:
+        from matplotlib import rc_context
+    except ImportError:
+        raise UserError("figures need matplotlib: "
+                        "pip install -r requirements-extra.txt") from None
+    return rc_context
+
+
+def write(figures: dict, out: Path, identifier: str) -> list[Path]:
+    """Each as PNG and SVG. Raises UserError where `out` cannot be written to."""
+    written = []
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            svg = {"Date": None, "Identifier": identifier}
+            for kind, metadata in ("png", None), ("svg", svg):
+                path = out / f"{name}.{kind}"
+                figure.savefig(path, metadata=metadata)
+                written.append(path)
+    except OSError as e:
+        raise UserError(f"cannot write to {out}: {e.strerror or e}") from None
     return written
 
 

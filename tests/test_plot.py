@@ -22,6 +22,7 @@ from conftest import SMALL, error
 from engine.options import DataError, UserError
 from precond import record
 from study import figures, spectra, stats
+from study.forest import forest
 from study.runs import Run, group
 
 ARMS = {"off": ["--precond=False"], "on": ["--precond=True"]}
@@ -373,6 +374,32 @@ def test_a_comparison_is_what_its_report_compares(tmp_path, call):
         "a": folders["off"], "b": folders["on"]}
     code, out, _ = call(plot, tmp_path, "--x=tokens", "--labels=$a{$,b")  # no formula
     assert code == 0 and f"{tmp_path}/validation.png" in out.splitlines()
+
+
+def report(path, metric, **pairs):
+    arms = {"off": {}} | {name: {"paired": dict(zip(("mean", "low", "high"), ends)) | {"n": 5}}
+                          for name, ends in pairs.items()}
+    path.write_text(json.dumps({"metric": metric, "arms": arms}))
+    return path
+
+
+def test_the_forest_has_every_difference_and_better_is_right(tmp_path, call):
+    loss = report(tmp_path / "characters.json", "val_loss", paper=(0.07, -0.01, 0.15),
+                  half=(-0.02, None, None))
+    accuracy = report(tmp_path / "listops.json", "val_accuracy", paper=(-0.02, -0.06, 0.02))
+    figure = forest([loss, accuracy])
+    one, two = figure.axes
+    assert [tick.get_text() for tick in one.get_yticklabels()] == ["paper (5 seeds)",
+                                                                   "half (5 seeds)"]
+    assert list(one.lines[0].get_xdata()) == [-0.01, 0.15] and one.lines[1].get_xdata() == 0.07
+    assert list(one.lines[2].get_xdata()) == [-0.02, -0.02]
+    assert list(two.lines[0].get_xdata()) == [-6, 2]  # points
+    assert one.get_xlim()[0] > one.get_xlim()[1] and two.get_xlim()[0] < two.get_xlim()[1]
+    code, out, _ = call(plot, loss, accuracy, f"--out={tmp_path}")
+    assert code == 0 and (tmp_path / "forest.png").exists() and "forest.svg" in out
+    assert "no compare.json" in error(call(plot, tmp_path / "nothere.json"))
+    loss.write_text("[]")
+    assert "no compare.json" in error(call(plot, loss))
 
 
 def test_a_line_that_is_being_written_is_left_alone(tmp_path):
