@@ -18,6 +18,24 @@ import torch.nn.functional as F
 PINV_ITERATIONS = 6  # unconverged on purpose, a regularised inverse; many more blow up in float32
 
 
+def angles(place: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Positions (T,) or (B, T) -> the angles by which `rotate` turns each pair of channels.
+
+    (T, head_dim / 2) or (B, 1, T, head_dim / 2), fp32. The pairs turn at rates from 1 radian a
+    token down to nearly 1 / 10000 (Su et al. 2021, arXiv 2104.09864).
+    """
+    rates = 10000.0 ** (-torch.arange(0, head_dim, 2, device=place.device) / head_dim)
+    turns = place[..., None] * rates
+    return turns if place.dim() == 1 else turns[:, None]
+
+
+def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Queries or keys (B, n_head, T, head_dim), turned: their products see relative places only."""
+    cos, sin = turns.cos().to(x.dtype), turns.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
 def softmax(q, k, v, mask=None, *, is_causal: bool = False, dropout_p: float = 0.0):
     """Through PyTorch's fused kernels. A sample without any real token gives zeros."""
     if mask is None:

@@ -95,6 +95,9 @@ def preconditioner(c: ModelConfig) -> dict | None:
     if c.n_inner not in (0, 4 * c.n_embd):
         raise UserError(f"the model has n_inner={c.n_inner}: only n_inner=0, which is 4 n_embd, "
                         "is exported")
+    for name in ("rotary", "qk_norm"):
+        if getattr(c, name):
+            raise UserError(f"the model has {name}=True, which GPT-2 has not: it is not exported")
     if not c.precond or c.precond_power == 0:
         return None
     if c.precond_power == "learned":

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention import MECHANISMS
+from attention import MECHANISMS, angles, rotate
 from engine.kv_cache import KVCache
 from engine.loss import IGNORED, LARGE_VOCABULARY, head_loss
 from engine.options import (
@@ -32,6 +32,11 @@ from engine.precond_config import PrecondConfig
 from precond import LEARNED_FROM, precondition
 
 
+def even_heads(name, value, config):
+    if value and config.n_embd // config.n_head % 2:
+        return f"{name} turns pairs of channels: n_embd / n_head must be even"
+
+
 @dataclass
 class ModelConfig(PrecondConfig):
     """What fixes a model but its vocabulary."""
@@ -45,6 +50,8 @@ class ModelConfig(PrecondConfig):
     init: Annotated[Literal["gpt2", "zero"], "gpt2: N(0, 0.02^2); zero: linear layers "
                     "N(0, 1 / inputs), projections into the residual stream 0", FIXED] = "gpt2"
     bias: Annotated[bool, "biases in linear layers and layer norms", FIXED] = False
+    rotary: Annotated[bool, "rotary positions in place of learned ones", FIXED, even_heads] = False
+    qk_norm: Annotated[bool, "scale each head's queries and keys to mean square 1", FIXED] = False
     attention: Annotated[str, "attention mechanism; nystrom is for encoders", FIXED,
                          one_of(MECHANISMS)] = "softmax"
     landmarks: Annotated[int, "landmarks of nystrom attention", FIXED, at_least(1)] = 64
@@ -67,6 +74,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.causal = layer, causal
         self.n_head, self.dropout = config.n_head, config.dropout
+        self.qk_norm = config.qk_norm
         mechanism = MECHANISMS[config.attention]
         options = {name: getattr(config, name) for name in mechanism.options}
         self.mechanism = partial(mechanism.function, **options)
@@ -84,13 +92,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x, mask=None, cache: KVCache | None = None):
+    def forward(self, x, mask=None, cache: KVCache | None = None, turns=None):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_dim)
         q, k, v = qkv
+        if self.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        if turns is not None:
+            q, k = rotate(q, turns), rotate(k, turns)
         if cache is not None:
-            k, v = cache.append(self.layer, qkv[1:])  # of all tokens so far
+            k, v = cache.append(self.layer, k, v)  # of all tokens so far
 
         # A single new token may see all that is in the cache: no causal mask.
         a = self.mechanism(q, k, v, mask, is_causal=self.causal and T > 1,
@@ -130,8 +142,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, cache=None):
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(self, x, mask=None, cache=None, turns=None):
+        x = x + self.attn(self.ln_1(x), mask, cache, turns)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -142,7 +154,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = None if config.rotary else nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i, causal) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
@@ -171,18 +183,25 @@ class Transformer(nn.Module):
         limit = self.config.block_size
         if start + T > limit:
             raise ValueError(f"{start + T} tokens do not fit into block_size={limit}")
-        if cache is None or cache.padding is None:
-            position = self.wpe.weight[start:start + T]  # (T, C)
-        else:
+        place = torch.arange(start, start + T, device=idx.device)  # (T,)
+        if cache is not None and cache.padding is not None:
             # Each sequence counts its positions from its own first token.
             slot = torch.arange(start + T, device=idx.device)
             mask = slot >= cache.padding[:, None]  # (B, start + T)
-            position = self.wpe((slot[start:] - cache.padding[:, None]).clamp(min=0))  # (B, T, C)
-        x = self.wte(idx) + position  # (B, T, C)
+            place = (place - cache.padding[:, None]).clamp(min=0)  # (B, T)
+        x = self.wte(idx)  # (B, T, C)
+        turns = None
+        if self.wpe is None:
+            turns = angles(place, self.config.n_embd // self.config.n_head)
+        else:
+            x = x + self.wpe(place)
         x = F.dropout(x, self.config.dropout, self.training)
         again = self.config.checkpoint_activations and torch.is_grad_enabled()
         for block in self.blocks:
-            x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask, cache)
+            if again:
+                x = checkpoint(block, x, mask, None, turns, use_reentrant=False)
+            else:
+                x = block(x, mask, cache, turns)
         return x
 
     def powers(self) -> list[float]:
@@ -196,7 +215,7 @@ class Transformer(nn.Module):
         """FLOPs of one training step, without what is not a matrix product."""
         c = self.config
         columns = MECHANISMS[c.attention].columns(c)  # of the attention matrix: T for softmax
-        weights = self.n_parameters() - self.wpe.weight.numel()
+        weights = self.n_parameters() - (0 if self.wpe is None else self.wpe.weight.numel())
         # A multiplication and an addition for each weight, three times: forward, and backward
         # for the inputs and for the weights. Q K^T and P V likewise.
         return 6 * weights + 12 * c.n_layer * c.n_embd * columns

@@ -16,8 +16,9 @@ class KVCache:
         self.length = 0
         self.padding = padding
 
-    def append(self, layer: int, kv: torch.Tensor) -> torch.Tensor:
-        """Store keys and values (2, B, n_head, T, head_dim) of new tokens; all of the layer."""
-        T = kv.size(-2)
-        self.kv[layer].narrow(-2, self.length, T).copy_(kv)
-        return self.kv[layer].narrow(-2, 0, self.length + T)
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Store keys and values (B, n_head, T, head_dim) of new tokens; (2, ...) of all so far."""
+        end = self.length + k.size(-2)
+        self.kv[layer][0, :, :, self.length:end].copy_(k)
+        self.kv[layer][1, :, :, self.length:end].copy_(v)
+        return self.kv[layer].narrow(-2, 0, end)

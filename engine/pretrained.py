@@ -157,7 +157,7 @@ def start(run) -> dict[str, torch.Tensor]:
     given = run.given
     shapes, precond, weights = read(config.init_from, given.get("block_size"))
     vocab_size = shapes.pop("vocab_size")
-    shapes |= {"attention": "softmax", "n_inner": 0}
+    shapes |= {"attention": "softmax", "n_inner": 0, "rotary": False, "qk_norm": False}
     for key, value in shapes.items():
         allowed = (0, 4 * shapes["n_embd"]) if key == "n_inner" else (value,)
         if given.get(key, value) not in allowed:

@@ -135,6 +135,7 @@ def test_gpt2_byte_pairs(tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     (dict(attention="linear"), "attention=linear"), (dict(n_inner=40), "n_inner=40"),
+    (dict(rotary=True), "rotary=True"), (dict(qk_norm=True), "qk_norm=True"),
     (dict(precond=True, precond_power="learned"), "learned")])
 def test_what_gpt2_cannot_hold_is_refused(changes, words, tmp_path):
     state = saved()

@@ -24,13 +24,26 @@ def reference_encoding(model, idx, allowed, power):
         return x * w[name + ".weight"] + w.get(name + ".bias", 0.0)
 
     d = c.n_embd // c.n_head
-    x = w["wte.weight"][idx] + w["wpe.weight"][:idx.size(1)]
+    x = w["wte.weight"][idx]
+    if not c.rotary:
+        x = x + w["wpe.weight"][:idx.size(1)]
+
+    def place(x):
+        """Pairs of channels as complex numbers; each token turns them by its place."""
+        if c.qk_norm:
+            x = x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+        if not c.rotary:
+            return x
+        pairs = torch.complex(x[..., :d // 2], x[..., d // 2:])
+        rates = torch.tensor([10000 ** (-2 * i / d) for i in range(d // 2)], dtype=torch.float64)
+        turned = pairs * torch.exp(1j * torch.arange(x.size(-2))[:, None] * rates)
+        return torch.cat([turned.real, turned.imag], -1)
     for i in range(c.n_layer):
         qkv = linear(norm(x, f"blocks.{i}.ln_1"), f"blocks.{i}.attn.qkv")
         heads = []
         for h in range(c.n_head):
             q, k, v = (part[..., h * d:(h + 1) * d] for part in qkv.split(c.n_embd, dim=-1))
-            a = reference_attention(q, k, v, allowed)
+            a = reference_attention(place(q), place(k), v, allowed)
             heads.append(a / a.norm(dim=-1, keepdim=True) ** power)
         x = x + linear(torch.cat(heads, -1), f"blocks.{i}.attn.proj")
         h = linear(norm(x, f"blocks.{i}.ln_2"), f"blocks.{i}.mlp.fc")
@@ -65,6 +78,22 @@ def test_gpt_is_the_formula(bias, precond, power):
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
     wanted = -expected.log_softmax(-1).gather(-1, targets[..., None]).mean()
     torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotary, qk_norm", [(True, False), (False, True), (True, True)])
+def test_rotary_positions_and_normalised_queries_are_the_formula(rotary, qk_norm):
+    model = random_gpt(rotary=rotary, qk_norm=qk_norm, precond=True)
+    assert ("wpe.weight" in model.state_dict()) != rotary
+    idx = torch.randint(11, (3, 12))
+    causal = torch.ones(12, 12, dtype=torch.bool).tril()
+    expected = reference_encoding(model, idx, causal, 1.0) @ model.wte.weight.detach().double().T
+    torch.testing.assert_close(model(idx)[0].double(), expected, rtol=1e-4, atol=1e-4)
+    assert model.flops_per_token() > 0
+
+
+def test_rotary_needs_pairs_of_channels():
+    with pytest.raises(ValueError, match="n_embd / n_head must be even"):
+        ModelConfig(n_embd=15, n_head=5, rotary=True)
 
 
 def test_power_zero_is_the_baseline_exactly():
@@ -113,8 +142,9 @@ def test_initialisation_is_gpt2s():
 
 @pytest.mark.parametrize("attention", ["softmax", "linear"])
 @pytest.mark.parametrize("precond", [False, True])
-def test_cache_equals_no_cache(precond, attention):
-    model = random_gpt(precond=precond, attention=attention)
+@pytest.mark.parametrize("rotary", [False, True])
+def test_cache_equals_no_cache(rotary, precond, attention):
+    model = random_gpt(precond=precond, attention=attention, rotary=rotary, qk_norm=rotary)
     idx = torch.randint(11, (2, 12))
     full = model(idx)[0]
     cache = KVCache(model.config, 2)

@@ -53,7 +53,8 @@ def test_greedy_with_the_cache_is_greedy_without(precond, block, length):
     assert len(got.unique()) > 1
 
 
-@pytest.mark.parametrize("options", [{}, {"precond": True}, {"attention": "linear"}])
+@pytest.mark.parametrize("options", [{}, {"precond": True}, {"attention": "linear"},
+                                     {"rotary": True, "qk_norm": True}])
 def test_prompts_of_different_length_continue_as_if_alone(options):
     model = random_model(**options)
     tokens, padding = stack(PROMPTS)
