@@ -23,7 +23,7 @@ from data.folders import expecting
 from engine import options, pretrained
 from engine.checkpoint import load_weights
 from engine.device import Compute
-from engine.options import DATA, not_empty
+from engine.options import DATA, LOCAL, not_empty
 from engine.run import open_run
 from engine.trainer import Task, Trainer, TrainerConfig
 from model import GPT, ModelConfig
@@ -35,7 +35,7 @@ class Config(TrainerConfig, ModelConfig):
                             "path/to/text.txt", DATA, not_empty] = "shakespeare"
     tokenizer: Annotated[Literal["auto", "char", "gpt2", "bytes"],
                          "auto: gpt2 for the three large datasets, else char", DATA] = "auto"
-    data_dir: Annotated[str, "where prepared data is kept", not_empty] = "data"
+    data_dir: Annotated[str, "where prepared data is kept", LOCAL, not_empty] = "data"
     init_from: Annotated[str, "scratch, resume, auto (resume if there is something to resume), "
                               "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face GPT-2 "
                               "folder"] = "scratch"
@@ -113,6 +113,7 @@ def open(config: Config, compute: Compute) -> tuple[LanguageModelling, GPT]:
     folder = compute.once_per_node(
         lambda: text.prepare(config.dataset, config.data_dir, config.tokenizer))
     task = LanguageModelling(config, folder)
+    compute.check_same(task.state())
     torch.manual_seed(config.seed)
     return task, GPT(config, task.meta["vocab_size"])
 

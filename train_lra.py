@@ -28,7 +28,7 @@ from data.folders import expecting
 from data.order import Shuffled, spread
 from engine import checkpoint, options
 from engine.device import Compute
-from engine.options import DATA, FREE, UserError, at_least, not_empty
+from engine.options import DATA, FREE, LOCAL, UserError, at_least, not_empty
 from engine.run import RESULT, open_run
 from engine.trainer import Task, Trainer, TrainerConfig
 from model import Classifier, ModelConfig
@@ -49,7 +49,7 @@ class Config(TrainerConfig, ModelConfig):
     source: Annotated[str, "released archive or folder to read; empty: generate, or look in "
                            "data_dir", DATA] = ""
     data_dir: Annotated[str, "where prepared data is kept and downloads are looked for",
-                        not_empty] = "data"
+                        LOCAL, not_empty] = "data"
     n_train: Annotated[int, "generated training samples", DATA] = 50000
     n_val: Annotated[int, "generated validation samples", DATA] = 2000
     n_test: Annotated[int, "generated test samples", DATA] = 2000
@@ -163,6 +163,7 @@ def open(config: Config, compute: Compute) -> tuple[Classification, Classifier]:
     """The task, its data prepared where it was not, and a model with its first weights."""
     folder = compute.once_per_node(lambda: prepare(config))
     task = Classification(config, folder)
+    compute.check_same(task.state() | {"data's sha256": task.meta["sha256"]})
     meta = task.meta
     torch.manual_seed(config.seed)
     model = Classifier(config, meta["vocab_size"], meta["classes"], meta["towers"])

@@ -31,7 +31,7 @@ from data.images import identity, open_data
 from data.order import spread
 from engine import checkpoint, options
 from engine.device import Compute
-from engine.options import DATA, FREE, DataError, at_least, not_empty
+from engine.options import DATA, FREE, LOCAL, DataError, at_least, not_empty
 from engine.run import open_run
 from engine.trainer import Task, Trainer, TrainerConfig
 from vision.drawing import show
@@ -42,7 +42,7 @@ from vision.models import TASKS, Vision, VisionConfig, detections
 class Config(TrainerConfig, VisionConfig):
     source: Annotated[str, "CIFAR-10's archive, or a COCO folder; empty: generated shapes",
                       DATA] = ""
-    data_dir: Annotated[str, "where data that was read is kept", not_empty] = "data"
+    data_dir: Annotated[str, "where data that was read is kept", LOCAL, not_empty] = "data"
     n_val: Annotated[int, "generated validation images", DATA, at_least(1)] = 500
     show: Annotated[int, "validation images whose predictions are drawn, as PNG in out_dir",
                     FREE, at_least(0)] = 0
@@ -132,6 +132,7 @@ def preset_of_task(argv: list[str]) -> list[str]:
 def open(config: Config, compute: Compute) -> tuple[VisionTask, Vision]:
     """The task, its data prepared where it was not, and a model with its first weights."""
     task = compute.once_per_node(lambda: VisionTask(config))
+    compute.check_same(task.state())
     torch.manual_seed(config.seed)
     return task, Vision(config, len(task.data.classes))
 

@@ -4,19 +4,23 @@ Everything else asks `Compute` and never branches on cuda, mps, cpu or the numbe
 """
 import contextlib
 import ctypes
+import hashlib
 import os
 import resource
 import shutil
+import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 
-from engine.options import Options, UserError
+from engine.options import LOCAL, Options, OwnError, UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # From this width on bf16 is the CPU's default. Below, with AMX, casts cost more than the products
@@ -29,7 +33,7 @@ CPUINFO = Path("/proc/cpuinfo")
 @dataclass
 class ComputeConfig(Options):
     """What a command computes on."""
-    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps"] = "auto"
+    device: Annotated[str, "auto, cpu, cuda, cuda:1, mps", LOCAL] = "auto"
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"],
                      "number format of the model's products"] = "auto"
 
@@ -104,6 +108,33 @@ def tune_allocator() -> bool:
     return mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) == 1
 
 
+def end_with_parent():
+    """On Linux: let the system send SIGTERM, which saves, when torchrun is killed."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1  # prctl.h
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def in_touch(seconds: int):
+    """A context: where another process is lost, or silent for `seconds`, it raises OwnError."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        raise OwnError(f"process {os.environ['RANK']} has lost touch with another one, which has "
+                       f"ended, cannot be reached or was silent for --timeout={seconds} seconds "
+                       f"({str(e).splitlines()[0][:200]}). What was saved is intact: go on with "
+                       "--init_from=resume") from e
+
+
+def shown(value) -> str:
+    """A value as an error names it; of a long one its hash."""
+    text = repr(value)
+    return text if len(text) <= 60 else hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def fresh_store() -> dist.Store:
     """Where processes leave their addresses for each other, without those of killed ones.
 
@@ -120,10 +151,12 @@ def fresh_store() -> dist.Store:
 class Compute:
     """One process's share of the machine: `device`, `dtype` (a name), `rank` of `world`.
 
-    `main` is True on rank 0, `ddp` where torchrun started the processes.
+    `main` is True on rank 0, `ddp` where torchrun started the processes. timeout: seconds after
+    which a process that does not answer is given up.
     """
 
-    def __init__(self, device: str, dtype: str, n_embd: int):
+    def __init__(self, device: str, dtype: str, n_embd: int, timeout: int = 1800):
+        self.timeout = timeout
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
@@ -147,16 +180,23 @@ class Compute:
         if self.ddp:
             # gloo beside nccl: flags and Python objects travel between CPUs, without waiting for
             # the GPU.
+            end_with_parent()
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=fresh_store(), rank=self.rank,
-                                    world_size=self.world)
+            with in_touch(self.timeout):
+                dist.init_process_group(backend, store=fresh_store(), rank=self.rank,
+                                        world_size=self.world,
+                                        timeout=timedelta(seconds=self.timeout))
         return self
 
-    def __exit__(self, kind, *rest):
+    def __exit__(self, kind, error, traceback):
         if self.ddp:
-            if kind is None:
-                dist.barrier()
-            dist.destroy_process_group()
+            try:
+                with in_touch(self.timeout):
+                    if error:
+                        raise error
+                    dist.barrier()
+            finally:
+                dist.destroy_process_group()
 
     def describe(self) -> str:
         if self.device.type == "cuda":
@@ -189,9 +229,13 @@ class Compute:
         return self._where(self.main, work)
 
     def once_per_node(self, work: Callable):
-        """work() on one process of each node, then on the others, which find its files."""
-        result = self._where(self.local_main, work)
-        return result if self.local_main else work()
+        """work() on one process of each node, then on the others, which find its files.
+
+        A UserError of any process is raised on all.
+        """
+        first = self._where(self.local_main, work)
+        then = self._where(not self.local_main, work)
+        return first if self.local_main else then
 
     def _where(self, here: bool, work: Callable):
         """work() where `here` is true. A UserError is raised on every process: none waits."""
@@ -206,6 +250,18 @@ class Compute:
         if errors:
             raise UserError(errors[0])
         return result
+
+    def check_same(self, facts: dict):
+        """Raises UserError, on all processes, where one of `facts`, {name: value}, differs."""
+        found = self.gather(facts)
+        for name in dict.fromkeys(name for theirs in found for name in theirs):
+            ranks = {}
+            for rank, theirs in enumerate(found):
+                ranks.setdefault(shown(theirs.get(name)), []).append(str(rank))
+            if len(ranks) > 1:
+                said = "; ".join(f"{value} on rank{'s' * (len(r) > 1)} {', '.join(r)}"
+                                 for value, r in ranks.items())
+                raise UserError(f"all processes must have the same {name}, which is {said}")
 
     def move(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         if self.device.type == "cuda":

@@ -30,10 +30,15 @@ FIXED = "fixed"  # decides what a run is: cannot change on resume
 FIXED_IN_TRAINING = "fixed in training"  # the same, but an evaluation may change it
 DATA = "data"  # chooses the data: fixed, and the same for all arms of a comparison
 FREE = "free"  # changes no result
+LOCAL = "local"  # where a process works: like FREE, each process may have its own
 
 
 class UserError(Exception):
     """Something the user can mend. `run` prints its message as one line and exits with code 2."""
+
+
+class OwnError(UserError):
+    """What one process has met, unknown to the others: it says so itself, whatever its rank."""
 
 
 class DataError(UserError):
@@ -41,19 +46,22 @@ class DataError(UserError):
 
 
 def run(main: Callable[[], None]):
-    """Call main(). A UserError ends the program with one line and exit code 2; rank 0 prints it."""
+    """Call main(). A UserError ends the program with one line and exit code 2.
+
+    Of the processes of a node the first prints it, where it is not an OwnError.
+    """
     try:
         try:
             main()
         except RuntimeError as e:
             if "memory" not in str(e) or "alloc" not in str(e):
                 raise
-            raise UserError(f"out of memory ({str(e).splitlines()[0][:200]}): lower --batch_size, "
-                            "--block_size or the model's size") from e
+            raise OwnError(f"out of memory ({str(e).splitlines()[0][:200]}): lower --batch_size, "
+                           "--block_size or the model's size") from e
         finally:
             sys.stdout.flush()
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
+        if isinstance(e, OwnError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
         if "RANK" in os.environ:
             # Freeing a DDP model waits, with the GIL, for gloo's threads. After an error these may
@@ -142,7 +150,7 @@ class Option:
     default: Any
     declared: Any  # the default of the class that declares it: what was done before it was there
     help: str
-    mark: str  # one of the four above, or ""
+    mark: str  # one of the five above, or ""
     checks: tuple[Callable, ...]
 
     @property

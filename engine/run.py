@@ -15,6 +15,7 @@ A script's main goes through it like this:
         run.finish(Trainer(run.config, task, model, compute, run.saved).run(), compute)
 """
 import contextlib
+import hashlib
 import os
 import signal
 import sys
@@ -28,10 +29,11 @@ from engine import checkpoint, options
 from engine.device import Compute
 from engine.lock import Lock
 from engine.metrics import MetricsLog
-from engine.options import FIXED, FREE, Options, UserError, not_empty
+from engine.options import FIXED, FREE, LOCAL, Options, UserError, at_least, not_empty
 
 RESULT = "test.json"
 LOCK = "lock"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
@@ -43,9 +45,11 @@ class RunConfig(Options):
                          "auto: resume if there is something to resume, else start"] = "scratch"
     overwrite: Annotated[bool, "start from scratch in an out_dir that holds a run, and lose it",
                          FREE] = False
-    eval_only: Annotated[bool, "evaluate the checkpoint and exit", FREE] = False
+    eval_only: Annotated[bool, "evaluate the checkpoint and exit"] = False
     seed: Annotated[int, "seed for parameters, data order and dropout", FIXED,
                     options.seed] = 1337
+    timeout: Annotated[int, "torchrun: seconds after which a process that does not answer ends the "
+                            "run", FREE, at_least(1)] = 1800
     tensorboard: Annotated[bool, "write TensorBoard events to out_dir", FREE] = False
     wandb_log: Annotated[bool, "log to Weights & Biases", FREE] = False
     wandb_project: Annotated[str, "Weights & Biases project", FREE] = "precond"
@@ -72,14 +76,15 @@ class Run:
     def compute(self):
         """The hardware, with all processes at hand. A resumed run keeps its dtype unless told.
 
-        Raises UserError, on all processes, where one could not open the run or they see different
-        ones, for an impossible number of processes, and where the folder cannot be written to.
+        Raises UserError, on all processes, where one could not open the run or they differ, for an
+        impossible number of processes, and where the folder cannot be written to.
         """
         config = self.config
         resumed = self.saved is not None and config.dtype == "auto"
         dtype = self.saved["dtype"] if resumed else config.dtype
-        with Compute(config.device, dtype, config.n_embd) as compute:
+        with Compute(config.device, dtype, config.n_embd, config.timeout) as compute:
             self.agree(compute)
+            compute.check_same(self.decisive(compute))
             check_world(config, compute.world)
             if not config.eval_only:
                 compute.on_main(lambda: check_writable(self.folder))
@@ -99,6 +104,13 @@ class Run:
                                 f"rank 0 finds there: {found[0]}; rank {rank}: {what}")
         if self.problem:
             raise self.problem
+
+    def decisive(self, compute: Compute) -> dict:
+        """What all processes must have alike: code, options but FREE and LOCAL ones, hardware."""
+        own = [name for mark in (FREE, LOCAL) for name in options.marked(type(self.config), mark)]
+        alike = {name: value for name, value in asdict(self.config).items() if name not in own}
+        return {**code(), **alike, "kind of device": compute.device.type,
+                "dtype on its device": compute.dtype}
 
     def evaluate(self, task, model: torch.nn.Module, compute: Compute):
         """Print the evaluation of the checkpoint's model, or of `model` as it is."""
@@ -205,6 +217,14 @@ def announce(config, saved: dict, typed: dict):
     print(f"its data: {', '.join(data)}")
     if saved["step"] >= config.max_iters and not config.eval_only:
         print("nothing left to train: raise --max_iters to go on")
+
+
+def code() -> dict[str, str]:
+    """{file: hash} of what a run may execute of this project."""
+    rooms = ("", "engine", "data", "vision")
+    files = [path for room in rooms for path in (ROOT / room).glob("*.py")]
+    return {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(files)}
 
 
 def check_world(config, world: int):

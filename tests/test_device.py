@@ -79,6 +79,27 @@ def test_an_error_of_one_process_is_raised_on_all(method):
         getattr(Compute("cpu", "float32", 16), method)(failing)
 
 
+class Third(Compute):
+    """The last of three processes; the others have the facts `theirs`."""
+
+    def __init__(self, *theirs):
+        super().__init__("cpu", "float32", 16)
+        self.theirs = theirs
+
+    def gather(self, value):
+        return [*self.theirs, value]
+
+
+def test_processes_with_other_facts_are_named():
+    mine = {"code.py": "a" * 64, "seed": 1, "name": "x"}
+    Third(mine, dict(mine)).check_same(mine)
+    for theirs, words in [({"seed": 2}, "seed, which is 1 on ranks 0, 2; 2 on rank 1$"),
+                          ({"more": 0}, "more, which is None on ranks 0, 2; 0 on rank 1$"),
+                          ({"code.py": "a" * 63 + "b"}, r"code.py, which is \w{12} on ranks 0, 2")]:
+        with pytest.raises(UserError, match=words):
+            Third(mine, mine | theirs).check_same(mine)
+
+
 def test_full_precision_is_taken_back():
     def precision():
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

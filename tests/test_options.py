@@ -177,9 +177,11 @@ def test_an_interrupted_program_says_so(capsys):
     assert e.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
 
 
-@pytest.mark.parametrize("rank, said", [("0", "-c: error: no room\n"), ("1", "")])
-def test_of_several_processes_the_first_prints_the_error(rank, said):
-    program = ("from engine import options\ndef main():\n    raise options.DataError('no room')\n"
+@pytest.mark.parametrize("local, kind, said", [("0", "DataError", "-c: error: no room\n"),
+                                               ("1", "DataError", ""),
+                                               ("1", "OwnError", "-c: error: no room\n")])
+def test_of_a_nodes_processes_the_first_prints_the_error(local, kind, said):
+    program = (f"from engine import options\ndef main():\n    raise options.{kind}('no room')\n"
                "options.run(main)")
-    done = shell("-c", program, check=False, RANK=rank)
+    done = shell("-c", program, check=False, RANK="2", LOCAL_RANK=local)
     assert done.returncode == 2 and done.stderr == said

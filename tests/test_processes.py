@@ -1,10 +1,13 @@
 """Runs of train.py in processes of their own: killed and resumed, and several with torchrun."""
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import SMALL, killer, launch, messages, read_metrics, shell, torchrun
+from conftest import ROOT, SMALL, killer, launch, messages, read_metrics, shell, torchrun
 from engine import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -62,6 +65,79 @@ def test_out_dir_that_only_some_nodes_see_is_the_same_error_on_every_rank(corpus
                 "rank 1: no checkpoint out/ckpt.pt: train first, or name the run's folder with "
                 "--out_dir")
     assert found == [expected] * 2
+
+
+@pytest.mark.parametrize("patch, words", [
+    ("sys.argv.append('--learning_rate=0.01')", "learning_rate, which is 0.003 on rank 0; 0.01"),
+    ("sys.argv.append('--max_iters=3')", "max_iters, which is 2 on rank 0; 3 on rank 1"),
+    ("code = run.code(); run.code = lambda: code | {'model.py': 1}", "model.py, which is"),
+    ("os.environ['OMP_NUM_THREADS'] = '2'; sys.argv.append('--timeout=60')", ""),
+], ids=["option", "length", "code", "free"])
+def test_processes_that_differ_do_not_train_together(patch, words, corpus, tmp_path):
+    found = messages(tmp_path, f"if rank == '1': {patch}", *SMALL, *corpus, "--max_iters=2",
+                     f"--out_dir={tmp_path / 'out'}")
+    assert found[0] == found[1] and words in found[0] and bool(found[0]) == bool(words)
+    assert (tmp_path / "out").exists() == (not words)
+
+
+def test_data_of_one_process_that_is_another(corpus, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text(Path(corpus[0].partition("=")[2]).read_text()[::-1])  # of the same alphabet
+    found = messages(tmp_path, f"""
+        prepare = train.text.prepare
+        if rank == "1":
+            train.text.prepare = lambda _, *rest: prepare({str(other)!r}, *rest)
+    """, *SMALL, *corpus, "--max_iters=2", f"--out_dir={tmp_path / 'out'}")
+    assert "must have the same data_sha256, which is" in found[0] and found[0] == found[1]
+
+
+def patched(folder: Path, patch: str) -> Path:
+    """A program that runs train.py after the lines `patch`, which know `rank` and `Trainer`."""
+    program = folder / "program.py"
+    program.write_text(textwrap.dedent(f"""
+        import os, signal, sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        import train
+        from engine import options
+        from engine.trainer import Trainer
+        rank = os.environ["RANK"]
+    """) + textwrap.dedent(patch) + "options.run(train.main)\n")
+    return program
+
+
+def test_a_process_that_does_not_answer_ends_the_run_in_a_line(corpus, tmp_path):
+    program = patched(tmp_path, """
+        step = Trainer.train_step
+        def silent(self):
+            if self.step == 3 and rank == "1":
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun will not wait for it
+                time.sleep(600)
+            step(self)
+        Trainer.train_step = silent
+    """)
+    out = tmp_path / "out"
+    done = torchrun(2, program, *SMALL, *corpus, "--timeout=10", "--eval_interval=2",
+                    f"--out_dir={out}", check=False)
+    before, said = done.stderr.split("program.py: error: ")
+    assert "Traceback" not in before  # afterwards torchrun has its own
+    assert said.startswith("process 0 has lost touch with another one")
+    assert "--timeout=10 seconds" in said.splitlines()[0]
+    assert checkpoint.read(out / "ckpt.pt")["step"] == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process of such an end")
+def test_workers_end_when_torchrun_is_killed(corpus, tmp_path):
+    run = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "train.py", *SMALL, *corpus, "--max_iters=20000", "--eval_interval=20000",
+         f"--out_dir={tmp_path}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in run.stdout:
+        if line.startswith("step "):
+            break
+    run.kill()
+    *_, last = run.stdout.read().splitlines()  # up to the end of the last process
+    assert "stopped by SIGTERM; saved" in last
+    assert checkpoint.read(tmp_path / "ckpt.pt")["step"] > 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(),
