@@ -27,6 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # gain. With AVX512-BF16 a step of width 128 takes 0.96 of the time in float32, too little to give
 # up its accuracy, and one of width 256 takes 0.68.
 BF16_WIDTH = 256
+PATIENCE = timedelta(days=14)  # a preparation of data may take so long
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -157,6 +158,7 @@ class Compute:
 
     def __init__(self, device: str, dtype: str, n_embd: int, timeout: int = 1800):
         self.timeout = timeout
+        self.patient = None  # the processes once more, for waits as long as PATIENCE
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
@@ -186,6 +188,7 @@ class Compute:
                 dist.init_process_group(backend, store=fresh_store(), rank=self.rank,
                                         world_size=self.world,
                                         timeout=timedelta(seconds=self.timeout))
+                self.patient = dist.new_group(timeout=PATIENCE, backend="gloo")
         return self
 
     def __exit__(self, kind, error, traceback):
@@ -231,13 +234,13 @@ class Compute:
     def once_per_node(self, work: Callable):
         """work() on one process of each node, then on the others, which find its files.
 
-        A UserError of any process is raised on all.
+        However long that takes, the others wait. A UserError of any process is raised on all.
         """
-        first = self._where(self.local_main, work)
-        then = self._where(not self.local_main, work)
+        first = self._where(self.local_main, work, self.patient)
+        then = self._where(not self.local_main, work, self.patient)
         return first if self.local_main else then
 
-    def _where(self, here: bool, work: Callable):
+    def _where(self, here: bool, work: Callable, group: dist.ProcessGroup | None = None):
         """work() where `here` is true. A UserError is raised on every process: none waits."""
         result = None
         error = None
@@ -246,7 +249,7 @@ class Compute:
                 result = work()
             except UserError as e:
                 error = str(e)
-        errors = [e for e in self.gather(error) if e]
+        errors = [e for e in self.gather(error, group) if e]
         if errors:
             raise UserError(errors[0])
         return result
@@ -286,12 +289,15 @@ class Compute:
         dist.all_reduce(t, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
         return t.tolist()
 
-    def gather(self, value) -> list:
-        """One picklable value of each process, in the order of ranks, on all of them."""
+    def gather(self, value, group: dist.ProcessGroup | None = None) -> list:
+        """One picklable value of each process, in the order of ranks, on all of them.
+
+        group: None waits --timeout seconds for the others, `patient` as long as it takes.
+        """
         if not self.ddp:
             return [value]
         values = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
         return values
 
     def random_state(self) -> dict[str, torch.Tensor]:

@@ -57,7 +57,7 @@ class Second(Compute):
         self.error = error
         self.main = self.local_main = False
 
-    def gather(self, value):
+    def gather(self, value, group=None):
         return [self.error, value]
 
 

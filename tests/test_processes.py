@@ -125,6 +125,18 @@ def test_a_process_that_does_not_answer_ends_the_run_in_a_line(corpus, tmp_path)
     assert checkpoint.read(out / "ckpt.pt")["step"] == 2
 
 
+def test_the_others_wait_for_the_data_however_long_it_takes(corpus, tmp_path):
+    program = patched(tmp_path, """
+        prepare = train.text.prepare
+        def slow(*arguments):
+            if rank == "0":
+                time.sleep(15)
+            return prepare(*arguments)
+        train.text.prepare = slow
+    """)
+    torchrun(2, program, *SMALL, *corpus, "--timeout=10", "--max_iters=1", f"--out_dir={tmp_path}")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process of such an end")
 def test_workers_end_when_torchrun_is_killed(corpus, tmp_path):
     run = subprocess.Popen(
