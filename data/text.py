@@ -41,7 +41,7 @@ from data.tokens import (
     writers_for,
 )
 from engine import options
-from engine.options import DataError
+from engine.options import DataError, suggest
 
 __all__ = ["Blocks", "SOURCES", "Source", "Tokens", "eval_blocks", "load_tokenizer", "prepare",
            "read_meta"]
@@ -151,8 +151,9 @@ def _sha256(path: Path) -> str:
     try:
         return sha256(path)
     except FileNotFoundError:
-        raise DataError(f"dataset {str(path)!r} is not a file: give the path of a UTF-8 text, or "
-                        f"one of shakespeare, tinyshakespeare, {', '.join(SOURCES)}") from None
+        names = "shakespeare", "tinyshakespeare", *SOURCES
+        raise DataError(f"dataset {str(path)!r} is not a file: {suggest(str(path), names)}give the "
+                        f"path of a UTF-8 text, or one of {', '.join(names)}") from None
     except OSError as error:
         raise DataError(f"dataset {str(path)!r} cannot be read ({error.strerror}): "
                         "give the path of a UTF-8 text file") from None

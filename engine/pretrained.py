@@ -53,7 +53,8 @@ def read(source: str, block_size: int | None = None) -> tuple[dict, dict, dict[s
     """
     folder = download(source) if source in HUB else Path(source)
     if not folder.is_dir():
-        raise UserError(f"{source} is neither a folder nor one of {', '.join(HUB)}: name a "
+        near = options.suggest(source, ("scratch", "resume", "auto", *HUB))
+        raise UserError(f"{source} is neither a folder nor one of {', '.join(HUB)}: {near}name a "
                         "Hugging Face GPT-2 folder")
     path = folder / "config.json"
     config = read_json(path)

@@ -47,7 +47,8 @@ def convert(name: str, text: str, kind: Any) -> Any:
             return kind(text)
         except ValueError:
             pass
-    raise ValueError(f"{name}={text!r} is not of type {type_name(kind)}")
+    choose = ": choose True or False" if kind is bool else ""
+    raise ValueError(f"{name}={text!r} is not of type {type_name(kind)}{choose}")
 
 
 def not_among(name: str, value: str, names: Collection[str]) -> str | None:

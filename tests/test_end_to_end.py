@@ -259,6 +259,8 @@ def test_defaults_are_the_cpu_preset():
     (["--block_size=2000"], "block_size"),
     (["--init_from=resume"], "no checkpoint"),
     (["--init_from=nothere"], "nothere is neither a folder nor one of gpt2"),
+    (["--init_from=resum"], "did you mean resume?"),
+    (["--dataset=shakespear"], "did you mean shakespeare?"),
     (["--device=cuda:77"], "--device=cuda:77 asked for, but"),
     (["--dtype=float16"], "float16 is for GPUs"),
 ])

@@ -74,7 +74,7 @@ def test_preset_lies_between_defaults_and_command_line(tmp_path):
     (["--zzzzzz=3"], "unknown option --zzzzzz"),
     (["--width=x"], "--width='x' is not of type int"),
     (["--width=1.5"], "is not of type int"),
-    (["--on=perhaps"], "is not of type bool"),
+    (["--on=perhaps"], "is not of type bool: choose True or False"),
     (["--kind=cosin"], "did you mean cosine? choose cosine or linear"),
     (["--rule=adm"], "--rule=adm: did you mean adam? choose adam or sgd"),
     (["--power=learnt"], "is not of type float or learned"),
