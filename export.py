@@ -7,10 +7,10 @@
 The folder holds model.safetensors, config.json and the tokenizer. model.GPT with attention=softmax
 is GPT-2's architecture, so transformers computes the same logits. GPT-2 has biases everywhere: a
 model trained with bias=False gets biases of 0. A preconditioned model keeps its options in
-config.json, under "preconditioned_attention". It names the attention implementation of
-precond.register_transformers, without which transformers refuses to load it. Each of the three
-tokenizers becomes a tokenizer.json that transformers.AutoTokenizer reads. Needs
-requirements-extra.txt.
+config.json, under "preconditioned_attention", but for the scale, which goes into the weights. It
+names the attention implementation of precond.register_transformers, without which transformers
+refuses to load it. Each of the three tokenizers becomes a tokenizer.json that
+transformers.AutoTokenizer reads. Needs requirements-extra.txt.
 """
 import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch is loaded)
 
@@ -29,6 +29,7 @@ from engine import checkpoint, options
 from engine.options import UserError, not_empty
 from engine.pretrained import check_tokenizer, from_checkpoint, hugging_face_name, read_config
 from model import GPT, ModelConfig
+from precond import head_scale
 
 WEIGHTS = "model.safetensors"
 
@@ -62,7 +63,9 @@ def write(saved: dict, folder: Path, overwrite: bool = False) -> dict | None:
     except ImportError:
         raise UserError("export needs safetensors and tokenizers: "
                         "pip install -r requirements-extra.txt") from None
-    weights = convert(from_checkpoint(saved, "the checkpoint"))
+    gpt = from_checkpoint(saved, "the checkpoint")
+    fold_scales(gpt)
+    weights = convert(gpt)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not overwrite:
@@ -104,6 +107,20 @@ def preconditioner(c: ModelConfig) -> dict | None:
         raise UserError("the model has precond_power=learned, one power a head: transformers' "
                         "attention takes one fixed power, so this model is not exported")
     return {"grad": c.precond_grad, "eps": c.precond_eps, "power": c.precond_power}
+
+
+@torch.no_grad()
+def fold_scales(gpt: GPT):
+    """Put the scale s of C = s diag(...) into the projection after it: W (s A') = (s W) A'."""
+    for block in gpt.blocks:
+        attn = block.attn
+        by_head = attn.proj.weight.unflatten(1, (attn.n_head, -1))  # (C, n_head, head_dim)
+        scale = head_scale(attn.scale, by_head.size(-1))  # a number or (n_head, 1, 1)
+        scale = scale[..., 0] if isinstance(scale, torch.Tensor) else scale
+        # A new tensor: the checkpoint's own stays as it is.
+        attn.proj.weight = torch.nn.Parameter((by_head * scale).flatten(1))
+        del attn.scale  # which may be a parameter
+        attn.scale = 1.0
 
 
 def convert(gpt: GPT) -> dict[str, torch.Tensor]:

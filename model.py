@@ -29,7 +29,7 @@ from engine.options import (
     one_of,
 )
 from engine.precond_config import PrecondConfig
-from precond import LEARNED_FROM, precondition
+from precond import LEARNED_FROM, LEARNED_SCALE_FROM, precondition
 
 
 def even_heads(name, value, config):
@@ -84,11 +84,14 @@ class Attention(nn.Module):
             # Over time, a filter for each head.
             self.skip = nn.Conv2d(self.n_head, self.n_head, (size, 1), padding=(size // 2, 0),
                                   groups=self.n_head, bias=False)
-        # Power 0 is plain attention, so that with and without C are one code path.
+        # Power 0 and scale 1 are plain attention, so that with and without C are one code path.
         self.grad, self.eps = config.precond_grad, config.precond_eps
         self.power = config.precond_power if config.precond else 0.0
+        self.scale = config.precond_scale if config.precond else 1.0
         if self.power == "learned":
             self.power = nn.Parameter(torch.full((self.n_head,), LEARNED_FROM))
+        if self.scale == "learned":
+            self.scale = nn.Parameter(torch.full((self.n_head,), LEARNED_SCALE_FROM))
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
@@ -114,7 +117,7 @@ class Attention(nn.Module):
                 a = a + skip
 
         # A token's row is scaled by that row alone: causal masks and caches are untouched.
-        a = precondition(a, grad=self.grad, eps=self.eps, power=self.power)
+        a = precondition(a, grad=self.grad, eps=self.eps, power=self.power, scale=self.scale)
         if self.skip is not None and not self.skip_first:
             a = a + skip
         a = a.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
@@ -205,8 +208,12 @@ class Transformer(nn.Module):
         return x
 
     def powers(self) -> list[float]:
-        """The learned power p of C = diag(||A_i||^-p) by layer, the mean over its heads."""
+        """The learned power p of C = s diag(||A_i||^-p) by layer, the mean over its heads."""
         return [block.attn.power.mean().item() for block in self.blocks]
+
+    def scales(self) -> list[float]:
+        """The learned scale s, likewise."""
+        return [block.attn.scale.mean().item() for block in self.blocks]
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -99,6 +99,8 @@ def measure_kappa(config: PrecondConfig, task, model: torch.nn.Module, compute: 
     model.train()
     if config.precond and config.precond_power == "learned":
         result["precond_power"] = model.powers()
+    if config.precond and config.precond_scale == "learned":
+        result["precond_scale"] = model.scales()
     return result
 
 

@@ -1,6 +1,6 @@
 """Muon (Jordan et al. 2024): momentum, orthogonalised, for the matrices of a model's blocks.
 
-Everything else moves by AdamW: embeddings, heads, convolutions, vectors, learned powers.
+Everything else moves by AdamW: embeddings, heads, convolutions, vectors, learned powers and scales.
 """
 import torch
 import torch.nn as nn

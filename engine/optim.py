@@ -17,7 +17,7 @@ def adamw(model: torch.nn.Module, config: "OptimConfig") -> torch.optim.Optimize
     """AdamW (Loshchilov and Hutter 2019). Weight decay acts on matrices, not on vectors."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.dim() >= 2]
-    vectors = [p for p in trained if p.dim() < 2]  # biases, gains, learned powers
+    vectors = [p for p in trained if p.dim() < 2]  # biases, gains, learned powers and scales
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),

@@ -17,7 +17,7 @@ from study.arms import Arm, beyond
 from study.runs import Run
 
 SEEN_BY_LAYER = {"kappa of A": "kappa_before", "kappa of C A": "kappa_after",
-                 "power": "precond_power"}
+                 "power": "precond_power", "scale": "precond_scale"}
 DIFFERENCE = ("difference", "95% interval", "seeds won", "p (Holm)")
 
 
@@ -82,7 +82,8 @@ def describe(group: list[Run], baseline: list[Run], metric: str) -> dict:
                 "peak_memory_mb": statistics.median(r["peak_memory_mb"] for r in last),
                 "kappa_before": layers(last, "kappa_before", statistics.median),
                 "kappa_after": layers(last, "kappa_after", statistics.median),
-                "precond_power": layers(last, "precond_power", statistics.fmean)}
+                "precond_power": layers(last, "precond_power", statistics.fmean),
+                "precond_scale": layers(last, "precond_scale", statistics.fmean)}
         if all(run.ended["serial"] for run in good):
             arm["tokens_per_s"] = statistics.median(r["tokens"] / r["elapsed_s"] for r in last)
         if all(run.test is not None for run in good):

@@ -49,7 +49,10 @@ def load(folder, options):
 @pytest.mark.parametrize("changes", [
     dict(), dict(bias=True), dict(precond=True),
     dict(precond=True, precond_power=0.5, precond_eps=0.1, precond_grad=True, bias=True),
-    dict(precond=True, precond_power=0.0)], ids=lambda changes: " ".join(changes))
+    dict(precond=True, precond_power=0.0), dict(precond=True, precond_scale="sqrt_d"),
+    dict(precond=True, precond_power=0.0, precond_scale=1.5),
+    dict(precond=True, precond_power=0.5, precond_scale="learned")],
+    ids=lambda changes: " ".join(changes))
 def test_transformers_computes_the_same(changes, tmp_path):
     state = saved(**changes)
     options = export.write(state, tmp_path / "hf")
@@ -69,6 +72,21 @@ def test_transformers_computes_the_same(changes, tmp_path):
     back = GPT(ModelConfig(**shapes, **kept), vocab_size)
     back.load_state_dict(weights)
     torch.testing.assert_close(back(idx)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_learned_scale_is_folded_exactly(tmp_path):
+    """Scales that are powers of 2 leave no rounding."""
+    state = saved(precond=True, precond_scale="learned")
+    for layer in range(2):
+        state["model"][f"blocks.{layer}.attn.scale"] = torch.tensor([0.5, 4.0])
+    export.write(state, tmp_path)
+    shapes, kept, weights = pretrained.read(str(tmp_path))
+    assert "precond_scale" not in kept and not any("scale" in name for name in weights)
+    for layer in range(2):
+        name = f"blocks.{layer}.attn.proj.weight"
+        factor = torch.tensor([0.5, 4.0]).repeat_interleave(8)
+        assert torch.equal(weights[name], state["model"][name] * factor)
 
 
 @torch.no_grad()

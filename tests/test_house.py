@@ -10,6 +10,7 @@ from conftest import ROOT
 
 ROOMS = {  # room: the rooms that it may import from, besides itself
     "precond": (),
+    "precond_dropin": ("precond",),
     "attention": (),
     "engine": ("precond",),
     "data": ("engine.options",),
@@ -25,7 +26,8 @@ STEP = ("train.py", "model.py", "attention.py", "precond.py", "engine/trainer.py
 
 
 def sources() -> list[Path]:
-    folders = (ROOT, *(ROOT / name for name in ("engine", "study", "vision", "data")))
+    folders = (ROOT, *(ROOT / name for name in ("precond_dropin", "engine", "study", "vision",
+                                         "data")))
     return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 

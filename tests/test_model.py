@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from engine.kv_cache import KVCache
+from engine.optim import OptimConfig, make_optimizer
 from model import GPT, Attention, Classifier, ModelConfig
 from precond import record
 from test_attention import reference_attention, reference_nystrom
@@ -124,6 +125,42 @@ def test_learned_power_starts_half_way_and_is_the_only_extra_parameter():
     torch.testing.assert_close(loss, half(idx, idx)[1])
     loss.backward()
     assert all(block.attn.power.grad.abs().min() > 0 for block in learned.blocks)
+
+
+def test_learned_scale_starts_at_the_papers_c_and_is_not_decayed():
+    torch.manual_seed(3)
+    paper = GPT(ModelConfig(precond=True), 65)
+    torch.manual_seed(3)
+    learned = GPT(ModelConfig(precond=True, precond_scale="learned"), 65)
+    extra = learned.state_dict().keys() - paper.state_dict().keys()
+    assert extra == {f"blocks.{i}.attn.scale" for i in range(4)} and learned.scales() == [1.0] * 4
+    idx = torch.randint(65, (2, 64))
+    loss = learned(idx, idx)[1]
+    assert torch.equal(loss, paper(idx, idx)[1])
+    loss.backward()
+    assert all(block.attn.scale.grad.abs().min() > 0 for block in learned.blocks)
+    decayed, vectors = make_optimizer(learned, OptimConfig(weight_decay=0.1)).param_groups
+    assert vectors["weight_decay"] == 0 < decayed["weight_decay"]
+    held = {id(p) for p in vectors["params"]}
+    assert all(id(block.attn.scale) in held for block in learned.blocks)
+    assert GPT(ModelConfig(precond_scale="learned"), 65).state_dict().keys() == \
+        GPT(ModelConfig(), 65).state_dict().keys()
+
+
+def test_scale_of_a_model():
+    """Rows enter the projection with length sqrt(head_dim)."""
+    model = random_gpt(precond=True, precond_scale="sqrt_d")
+    seen = []
+    model.blocks[0].attn.proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(torch.randint(11, (3, 12)))
+    norms = seen[0].unflatten(-1, (2, -1)).norm(dim=-1)
+    torch.testing.assert_close(norms, torch.full_like(norms, 8**0.5))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_a_scale_is_above_zero(scale):
+    with pytest.raises(ValueError, match=f"precond_scale={scale} must be above 0"):
+        ModelConfig(precond_scale=scale)
 
 
 def test_initialisation_is_gpt2s():

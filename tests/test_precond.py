@@ -268,3 +268,42 @@ def test_learned_power_gets_its_gradient(grad):
     # d/dp l^-p = -log(l) l^-p
     wanted = (-length.clamp(min=1e-300).log() * out.detach() * weight).sum((0, 2, 3))
     torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("scale", [0.3, "sqrt_d", torch.tensor([0.5, 1.0, 7.0])])
+def test_scale_multiplies_and_changes_no_condition_number(scale):
+    a = draw(2, 3, 20, 8)
+    factor = scale[:, None, None] if isinstance(scale, torch.Tensor) else scale
+    factor = math.sqrt(8) if isinstance(scale, str) else factor
+    for power in (0.0, 0.5, 1.0):
+        scaled = precondition(a, power=power, scale=scale)
+        torch.testing.assert_close(scaled, factor * precondition(a, power=power))
+        torch.testing.assert_close(condition_number(scaled),
+                                   condition_number(precondition(a, power=power)))
+
+
+def test_root_d_with_gradient_is_rms_norm_without_gain():
+    a, g = draw(3, 5, 16).requires_grad_(), draw(3, 5, 16, seed=1)
+    ours = precondition(a, grad=True, eps=0.0, scale="sqrt_d")
+    theirs = F.rms_norm(a, (16,), eps=0.0)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours, a, g), torch.autograd.grad(theirs, a, g))
+
+
+@pytest.mark.parametrize("power", [1.0, torch.tensor([0.2, 0.5, 1.3], dtype=torch.float64)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_learned_scale_gets_its_gradient(grad, power):
+    a, g = draw(2, 3, 5, 4), draw(2, 3, 5, 4, seed=1)
+    a[0, 1, 2] = 0
+    scale = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    out = precondition(a, grad=grad, power=power, scale=scale)
+    got, = torch.autograd.grad((out * g).sum(), scale)
+    torch.testing.assert_close(got, (precondition(a, power=power) * g).sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(power=math.nan), "power=nan"), (dict(power=math.inf), "power=inf"),
+    (dict(scale=math.nan), "scale=nan"), (dict(scale="sqrt"), "scale='sqrt'.*number or 'sqrt_d'")])
+def test_what_is_no_number_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        precondition(draw(3, 4), **options)

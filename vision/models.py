@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import precond
 from data import coco
 from engine.options import DATA, FIXED, FIXED_IN_TRAINING, UserError, at_least, divides, in_range
-from engine.precond_config import PrecondConfig
+from engine.precond_config import PrecondConfig, positive
 
 TASKS = ("classify", "detect", "segment")
 
@@ -54,6 +54,9 @@ class VisionConfig(PrecondConfig):
                            at_least(1)] = 256
     precond_power: Annotated[float, "1: the paper's; 0: plain attention; 0.5: half-way",
                              FIXED_IN_TRAINING] = 1.0
+    precond_scale: Annotated[float | Literal["sqrt_d"],
+                             "1: the paper's; sqrt_d: the root of the head's width, RMSNorm's",
+                             FIXED_IN_TRAINING, positive] = 1.0
 
 
 def make_network(config: VisionConfig, n_classes: int) -> nn.Module:
@@ -65,9 +68,10 @@ def make_network(config: VisionConfig, n_classes: int) -> nn.Module:
         raise UserError(f"vision models need {e.name}: "
                         "pip install -r requirements-extra.txt") from None
     power = config.precond_power if config.precond else 0.0
-    name = f"preconditioned_{power}_{config.precond_eps}_{config.precond_grad}"
+    scale = config.precond_scale if config.precond else 1.0
+    name = f"preconditioned_{power}_{scale}_{config.precond_eps}_{config.precond_grad}"
     precond.register_transformers(name, grad=config.precond_grad, eps=config.precond_eps,
-                                  power=power)
+                                  power=power, scale=scale)
     shape = dict(
         hidden_size=config.n_embd, num_hidden_layers=config.n_layer, patch_size=config.patch_size,
         num_attention_heads=config.n_head, num_labels=n_classes, hidden_dropout_prob=config.dropout,
