@@ -1,0 +1,184 @@
+"""wrap and check: C before the output projections of small random models, and what is refused."""
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import precond
+
+WIDTH, HEADS = 32, 4
+X = torch.randn(2, 6, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+class Attention(nn.Module):
+    """Written out by hand, as many models have it."""
+
+    def __init__(self, width=WIDTH, heads=HEADS, sdpa=False, channels=False):
+        super().__init__()
+        self.num_heads, self.sdpa, self.channels = heads, sdpa, channels
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.channels:
+            q, k, v = (t.mT for t in (q, k, v))
+        if self.sdpa:
+            a = F.scaled_dot_product_attention(q, k, v)
+        else:
+            a = (q @ k.mT * q.size(-1)**-0.5).softmax(-1) @ v
+        if self.channels:
+            a = a.mT
+        return self.proj(a.transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self, *attentions):
+        super().__init__()
+        self.blocks = nn.ModuleList(attentions)
+        self.mlp = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x + self.mlp(x)
+
+
+def model(*kinds, seed=0):
+    torch.manual_seed(seed)
+    return Model(*(Attention(**kind) for kind in kinds or ({}, {})))
+
+
+def test_wrap_is_the_context_over_sdpa():
+    """To rounding: the same C on the same rows, by the projection's input."""
+    by_sdpa = model(dict(sdpa=True), dict(sdpa=True))
+    options = dict(grad=True, eps=0.1, power=0.5, scale="sqrt_d")
+    x = X.clone().requires_grad_()
+    with precond.precondition_sdpa(**options):
+        expected = by_sdpa(x)
+    wanted, = torch.autograd.grad(expected.square().sum(), x)
+    with precond.wrap(by_sdpa, **options) as handle, precond.record() as calls:
+        got = by_sdpa(x)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got.square().sum(), x)[0], wanted)
+    assert handle.attached == {"blocks.0.proj": 4, "blocks.1.proj": 4} and not handle.left
+    assert [a.shape for a, _ in calls] == [(2, HEADS, 6, 8)] * 2
+    assert "blocks.1.proj: 4 heads" in repr(handle)
+
+
+def test_wrap_is_undone_and_power_zero_is_the_model():
+    plain = model()
+    expected = plain(X)
+    with precond.wrap(plain, power=0.0):
+        assert torch.equal(plain(X), expected)
+    handle = precond.wrap(plain)
+    assert precond.check(plain, X) == 2 and not torch.allclose(plain(X), expected)
+    handle.remove()
+    assert torch.equal(plain(X), expected)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
+
+
+def test_wrap_of_a_convolution():
+    """Tokens are the pixels of (B, C, h, w)."""
+    torch.manual_seed(0)
+
+    class ConvAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = HEADS
+            self.proj = nn.Sequential(nn.GELU(), nn.Conv2d(WIDTH, WIDTH, 1))
+
+        def forward(self, x):
+            return self.proj(x)
+
+    net = nn.Sequential(ConvAttention())
+    image = torch.randn(2, WIDTH, 3, 5)
+    with precond.wrap(net), precond.record() as calls:
+        got = net(image)
+    scaled = F.normalize(image.unflatten(1, (HEADS, -1)), dim=2).flatten(1, 2)
+    torch.testing.assert_close(got, net[0].proj(scaled))
+    assert calls[0][0].shape == (2, HEADS, 15, 8)
+    torch.testing.assert_close(calls[0][1].norm(dim=-1), torch.ones(2, HEADS, 15))
+
+
+def test_what_wrap_refuses():
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="no output projection was found in Linear"):
+        precond.wrap(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="no output projection was found in Model"):
+        precond.wrap(model(), "nothing")
+    with pytest.raises(ValueError, match="blocks.0.proj has 32 inputs, which 5 heads do not"):
+        precond.wrap(model(), heads=5)
+    with pytest.raises(ValueError, match="mlp: how many heads has it"):
+        precond.wrap(model(), "mlp")
+    with pytest.raises(ValueError, match="scale='sqrt'"):
+        precond.wrap(model(), scale="sqrt")
+    with pytest.raises(ValueError, match="wrap the model, then compile it"):
+        precond.wrap(torch.compile(model(), backend="eager"))
+    refused = type("OutlookAttention", (Attention,), {})
+    with pytest.raises(ValueError, match="OutlookAttention cannot be wrapped: its heads are"):
+        precond.wrap(Model(refused()))
+
+
+def test_a_projection_that_is_not_called_is_an_error():
+    """nn.MultiheadAttention uses its out_proj's weight alone."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, WIDTH, batch_first=True)
+    with precond.wrap(layer, "out_proj"), pytest.raises(
+            RuntimeError, match="did not call self_attn.out_proj in its forward pass"):
+        layer(X)
+    with pytest.raises(ValueError, match="no output .*but self_attn look like attention"):
+        precond.wrap(layer)
+
+
+def test_twice_is_an_error():
+    net = model(dict(sdpa=True), {})
+    with precond.wrap(net):
+        with precond.precondition_sdpa(), pytest.raises(RuntimeError, match="blocks.0.proj is pre"):
+            net(X)
+        with precond.wrap(net), pytest.raises(RuntimeError, match="blocks.0.proj is precond"):
+            net(X)
+        net(X)
+    with precond.wrap(net, r"1\.proj"), precond.precondition_sdpa():  # one each
+        assert precond.check(net, X) == 2
+
+
+def test_wrapped_then_compiled():
+    net = model()
+    with precond.wrap(net):
+        expected = net(X)
+        compiled = torch.compile(net, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(X), expected)
+
+
+def test_check_names_attention_that_was_left(recwarn):
+    """By its softmax, whatever the class is called; several softmaxes can be one attention."""
+    torch.manual_seed(0)
+    unnamed = type("Mixer", (Attention,), {})
+    net = Model(Attention(), unnamed())
+    with precond.wrap(net), pytest.warns(
+            UserWarning, match="1 attention calls of Model were .*, but none in blocks.1$"):
+        assert precond.check(net, X) == 1
+
+    class NystromAttention(Attention):
+        def forward(self, x):
+            weights = [x.unflatten(-1, (4, -1)).softmax(-1).flatten(2) for _ in range(3)]
+            return self.proj(sum(weights))
+    net = Model(Attention(), NystromAttention())
+    recwarn.clear()
+    with precond.wrap(net):
+        assert precond.check(net, X) == 2
+    assert not recwarn
+
+
+def test_channels_as_rows_are_a_warning(recwarn):
+    """XCiT's and DaViT's attention through SDPA; wrap takes tokens."""
+    net = model(dict(sdpa=True, channels=True))
+    with precond.precondition_sdpa(), pytest.warns(
+            UserWarning, match="rows are channels, not tokens, in blocks.0: "):
+        precond.check(net, X)
+    recwarn.clear()
+    with precond.wrap(net), precond.record() as calls:
+        precond.check(net, X)
+    assert not recwarn and calls[0][1].shape == (2, HEADS, 6, 8)
+    norm = calls[0][1].norm(dim=-1)
+    torch.testing.assert_close(norm, torch.ones_like(norm))
