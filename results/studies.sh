@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Every study of preconditioning at each arm's own learning rate, one command each.
+#
+#   bash results/studies.sh                 # their names, and which have been run
+#   bash results/studies.sh characters      # run one, or go on with it where it was stopped
+#
+# A finished study leaves its compare.json and compare.md here, under its name. JOBS=2 are trained at
+# once, one thread each. Needs requirements-extra.txt.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+arms=(--arm "off:" --arm "paper: precond=True"
+      --arm "paper-sqrt_d: precond=True precond_scale=sqrt_d"
+      --arm "half-grad: precond=True precond_power=0.5 precond_grad=True")
+short=(--arm "off:" --arm "paper: precond=True"
+       --arm "half-grad: precond=True precond_power=0.5 precond_grad=True")
+adamw=config/shakespeare_char_adamw.toml
+
+study() {  # name -> the words after compare.py
+    case $1 in
+    characters_muon_short)
+        words=(train.py --max_iters=375 --eval_interval=375 --warmup_iters=20 "${short[@]}"
+               --tune learning_rate=6e-3,1.2e-2 --tune_seeds=1 --seeds=5) ;;
+    characters_muon)
+        words=(train.py "${arms[@]}" --tune learning_rate=3e-3,6e-3,1.2e-2,2.4e-2
+               --tune matrix_learning_rate=5e-3,1e-2,2e-2 --seeds=5) ;;
+    characters_adamw)
+        words=(train.py $adamw "${arms[@]}" --tune learning_rate=1.5e-3,3e-3,6e-3,1.2e-2
+               --seeds=5) ;;
+    listops_softmax | listops_nystrom | listops_linear)
+        words=(train_lra.py listops --attention="${1#listops_}" "${arms[@]}"
+               --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --seeds=5) ;;
+    pathfinder_softmax | pathfinder_nystrom)
+        words=(train_lra.py pathfinder --attention="${1#pathfinder_}" "${arms[@]}"
+               --tune learning_rate=2.5e-4,5e-4,1e-3,2e-3 --seeds=5) ;;
+    classify | detect | segment)
+        words=(train_vision.py "$1" "${arms[@]}" --tune learning_rate=5e-4,1e-3,2e-3,4e-3
+               --seeds=5) ;;
+    *)
+        echo "no study $1" >&2
+        exit 2 ;;
+    esac
+}
+
+if [ $# = 0 ]; then
+    for name in characters_{muon_short,muon,adamw} listops_{softmax,nystrom,linear} \
+                pathfinder_{softmax,nystrom} classify detect segment; do
+        if [ -e "results/$name.json" ]; then
+            echo "$name (run)"
+        else
+            echo "$name"
+        fi
+    done
+    exit
+fi
+study "$1"
+out=out-study-$1
+python compare.py "${words[@]}" --jobs="${JOBS:-2}" --out_dir="$out"
+cp "$out/compare.json" "results/$1.json"
+cp "$out/compare.md" "results/$1.md"
