@@ -17,6 +17,8 @@ def save(path: Path, state: dict):
     Whatever happens, `path` is either the old checkpoint or the new one.
     """
     temporary = path.with_name(path.name + ".tmp")
+    if temporary.is_dir():
+        raise UserError(f"cannot save {path}: {temporary} is a folder. Move it away and go on")
     try:
         with open(temporary, "wb") as f:
             torch.save(state, f)
@@ -62,13 +64,20 @@ def read(path: Path) -> dict:
                         "--out_dir") from None
     except pickle.UnpicklingError as e:
         raise UserError(f"{path} is refused: it is damaged or holds something other than tensors "
-                        f"and plain values ({first_line(e)})") from None
+                        f"and plain values ({first_line(e)}){without(path)}") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, struct.error,
             zipfile.BadZipFile) as e:
-        best = path.with_name("best.pt")
-        other = f". {best} holds the best model" if path != best and best.exists() else ""
         raise UserError(f"{path} is not a readable checkpoint (truncated or damaged: "
-                        f"{first_line(e)}){other}") from None
+                        f"{first_line(e)}){without(path)}") from None
+
+
+def without(path: Path) -> str:
+    """What is left of a run whose checkpoint at `path` cannot be read."""
+    best = path.with_name("best.pt")
+    if path == best or not best.exists():
+        return ""
+    return (f". {best} holds the best model: --eval_only and sampling read it; training cannot go "
+            "on from it, only start anew in another --out_dir")
 
 
 TYPES = {"config": dict, "model": dict, "step": int, "task": dict, "optimizer": dict,

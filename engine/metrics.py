@@ -87,21 +87,23 @@ class MetricsLog:
             self.bar = tqdm(total=total, initial=self.first, dynamic_ncols=True, bar_format=form)
 
     def keep_until(self, step: int):
-        """Drop the records after `step`, and a last line that a kill left unfinished."""
+        """Drop the records after `step`, and what a crash left behind the last whole record.
+
+        Raises UserError where whole records follow a damaged line.
+        """
         kept = []
         if step >= 0 and not self.path.exists():
             print(f"{self.path} is gone: it begins anew at step {step}")
         elif step >= 0:
-            try:
-                for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-                    if not line.endswith("\n") or json.loads(line)["step"] > step:
-                        break
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{self.path} is damaged after {len(kept)} lines: mend it or move "
-                                "it away, and resume again") from None
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            steps = [step_of(line) for line in lines]
+            whole = steps.index(None) if None in steps else len(steps)
+            if lines and not whole or any(after is not None for after in steps[whole:]):
+                raise UserError(f"{self.path} is damaged after {whole} lines: mend it or move "
+                                "it away, and resume again")
+            kept = [line for line, its in zip(lines, steps[:whole]) if its <= step]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_bytes(b"".join(kept))
         os.replace(temporary, self.path)
 
     def advance(self):
@@ -163,6 +165,14 @@ class MetricsLog:
             self.wandb.finish(exit_code=int(failed))
         if self.lock is not None:
             self.lock.release()
+
+
+def step_of(line: bytes) -> int | None:
+    """The step of a record; None where the line is none, or was cut."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def open_tensorboard(folder: Path, first: int):

@@ -38,6 +38,12 @@ def test_failing_write_leaves_the_previous_checkpoint(tmp_path, capsys):
     assert checkpoint.read(path) == {"step": 1} and os.listdir(tmp_path) == ["c.pt"]
 
 
+def test_a_folder_in_the_place_of_the_temporary_file(tmp_path):
+    (tmp_path / "c.pt.tmp").mkdir()
+    with pytest.raises(UserError, match="c.pt.tmp is a folder. Move it away and go on"):
+        checkpoint.save(tmp_path / "c.pt", {"step": 1})
+
+
 def test_truncated(tmp_path):
     checkpoint.save(tmp_path / "c.pt", {"w": torch.zeros(1000)})
     whole = (tmp_path / "c.pt").read_bytes()

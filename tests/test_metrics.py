@@ -45,6 +45,21 @@ def test_a_resumed_run_drops_later_records_and_an_unfinished_line(tmp_path, caps
         assert capsys.readouterr().out == "step 9: val loss 0.5000\n"
 
 
+@pytest.mark.parametrize("debris", [b"\xff\xfe\x00", b"\xff\xfe\n", bytes(4096),
+                                    b'{"step": 9, "val\xc3\n\x80\n'])
+def test_what_a_crash_leaves_behind_the_last_record_is_dropped(debris, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    record = b'{"step": 4}\n'
+    path.write_bytes(record + debris)
+    open_log(tmp_path, 8).close()
+    assert path.read_bytes() == record
+    for lost, lines in [(record + debris + b"\n" + record, 1), (debris, 0)]:
+        path.write_bytes(lost)
+        with pytest.raises(UserError, match=f"is damaged after {lines} lines"):
+            open_log(tmp_path, 8)
+        assert path.read_bytes() == lost
+
+
 @pytest.mark.parametrize("option, words", [
     ("tensorboard", "--tensorboard needs the tensorboard package"),
     ("wandb", "--wandb_log needs the wandb package"),

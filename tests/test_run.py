@@ -118,8 +118,11 @@ def test_a_checkpoint_in_place_of_the_folder(folder, call):
 
 def test_a_truncated_checkpoint_names_the_best_one(folder, call):
     whole = (folder / "ckpt.pt").read_bytes()
-    (folder / "ckpt.pt").write_bytes(whole[:len(whole) // 2])
-    assert f"{folder / 'best.pt'} holds the best model" in error(resume(call, folder))
+    for size in (len(whole) // 2, 10):
+        (folder / "ckpt.pt").write_bytes(whole[:size])
+        message = error(resume(call, folder))
+        assert f"{folder / 'best.pt'} holds the best model: --eval_only and sampling" in message
+    assert "step " in call(train, "--eval_only", f"--out_dir={folder}")[1]
 
 
 @pytest.mark.parametrize("parts, words", [
@@ -210,13 +213,13 @@ KILLED = """
     import train
     from engine import options, trainer
     step = trainer.Trainer.train_step
-    def killed_once(self):
-        mark = {mark!r}
-        if self.step == 5 and self.compute.rank == 1 and not os.path.exists(mark):
+    def killed(self):
+        mark = f"{folder}/killed at {{self.step}}"
+        if self.step in (3, 5, 7) and self.compute.rank == 1 and not os.path.exists(mark):
             open(mark, "w").close()
             os.kill(os.getpid(), 9)
         step(self)
-    trainer.Trainer.train_step = killed_once
+    trainer.Trainer.train_step = killed
     if __name__ == "__main__":
         options.run(train.main)
 """
@@ -226,10 +229,9 @@ KILLED = """
 def test_torchrun_restarts_a_killed_worker(corpus, tmp_path):
     run = [*SMALL, *corpus, "--max_iters=8", "--eval_interval=2", "--dropout=0.1"]
     program = tmp_path / "killed.py"
-    mark = str(tmp_path / "mark")
-    program.write_text(textwrap.dedent(KILLED).format(root=str(ROOT), mark=mark))
-    torchrun(2, "--max_restarts=1", program, *run, "--init_from=auto", f"--out_dir={tmp_path}/a")
-    assert os.path.exists(mark)
+    program.write_text(textwrap.dedent(KILLED).format(root=str(ROOT), folder=tmp_path))
+    torchrun(2, "--max_restarts=3", program, *run, "--init_from=auto", f"--out_dir={tmp_path}/a")
+    assert len(list(tmp_path.glob("killed at *"))) == 3
     torchrun(2, "train.py", *run, f"--out_dir={tmp_path}/b")
     assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b")
 
