@@ -12,14 +12,12 @@ cd "$(dirname "$0")/.."
 arms=(--arm "off:" --arm "paper: precond=True"
       --arm "paper-sqrt_d: precond=True precond_scale=sqrt_d"
       --arm "half-grad: precond=True precond_power=0.5 precond_grad=True")
-short=(--arm "off:" --arm "paper: precond=True"
-       --arm "half-grad: precond=True precond_power=0.5 precond_grad=True")
 adamw=config/shakespeare_char_adamw.toml
 
 study() {  # name -> the words after compare.py
     case $1 in
     characters_muon_short)
-        words=(train.py --max_iters=375 --eval_interval=375 --warmup_iters=20 "${short[@]}"
+        words=(train.py --max_iters=375 --eval_interval=375 --warmup_iters=20 "${arms[@]}"
                --tune learning_rate=6e-3,1.2e-2 --tune_seeds=1 --seeds=5) ;;
     characters_muon)
         words=(train.py "${arms[@]}" --tune learning_rate=3e-3,6e-3,1.2e-2,2.4e-2
