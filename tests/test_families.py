@@ -1,0 +1,117 @@
+"""wrap and the other ways on small random models of transformers and timm, as docs/families.py."""
+import enum
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+
+import precond
+from conftest import ROOT
+
+pytest.importorskip("transformers", reason="pip install -r requirements-extra.txt")
+spec = importlib.util.spec_from_file_location("families", ROOT / "docs" / "families.py")
+families = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(families)
+
+FULLY = ["SwinV2", "PVT", "Nystromformer", "Longformer", "Deformable DETR", "RT-DETR", "SAM",
+         "GPT-Neo"]
+
+
+@pytest.mark.parametrize("family", FULLY)
+def test_wrap_reaches_every_attention(family):
+    """Power 0 is the model to the bit, gradients are finite, check has nothing to say."""
+    result = families.attempt(families.make_transformers, family, "wrap")
+    assert result.startswith("all"), result
+
+
+@pytest.mark.parametrize("family", ["ViT", "GPT-2", "Whisper", "T5"])
+def test_the_three_ways_are_equal(family):
+    outputs = {}
+    for way in families.WAYS:
+        model, _, inputs = families.make_transformers(family, way, 1.0)
+        with torch.no_grad(), families.preconditioned(way, model, 1.0), precond.record() as calls:
+            outputs[way] = families.tensors(model(**inputs))[0]
+        norm = torch.cat([after.norm(dim=-1).flatten() for _, after in calls])
+        assert ((norm - 1).abs() < 1e-5).all()
+    first, *others = outputs.values()
+    for other in others:
+        torch.testing.assert_close(other, first, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["SigLIP", "XLNet", "Bloom"])
+def test_what_is_left_is_said(family):
+    """MultiheadAttention's head and XLNet are out of wrap's reach, Bloom of the other ways."""
+    way = families.WAYS[0] if family == "Bloom" else "wrap"
+    assert not families.attempt(families.make_transformers, family, way).startswith("all")
+
+
+@pytest.mark.parametrize("family, instead", [("SAM", "'sdpa' inside precondition_sdpa"),
+                                             ("GPT-Neo", "'eager' and use precond.wrap")])
+def test_models_with_a_table_of_classes_say_what_to_do(family, instead):
+    """They ended in KeyError: 'preconditioned'."""
+    with pytest.raises(ValueError, match=f"looks its attention up by name.*{instead}"):
+        families.make_transformers(family, families.WAYS[0], 1.0)
+
+
+class Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Empty classes for whatever timm imports of torchvision: its models use none of them."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torchvision" and "timm" in sys.modules:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = self.invent
+        return module
+
+    def exec_module(self, module):
+        pass
+
+    def invent(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name == "InterpolationMode":
+            return enum.Enum(name, "NEAREST BILINEAR BICUBIC BOX HAMMING LANCZOS")
+        return type(name, (torch.nn.Module,), {})
+
+
+@pytest.fixture(scope="module")
+def timm():
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("pip install --no-deps timm")
+    finder = Torchvision()
+    if importlib.util.find_spec("torchvision") is None:
+        sys.meta_path.insert(0, finder)
+    import timm
+    yield timm
+    if finder in sys.meta_path:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [
+    "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "xcit_nano_12_p16_224", "davit_tiny",
+    "cait_xxs24_224", "levit_128s", "nest_tiny_jx", "tnt_s_patch16_224"])
+def test_wrap_reaches_timm(timm, family):
+    result = families.attempt(families.make_timm, family, "wrap")
+    assert result.startswith("all"), result
+
+
+@pytest.mark.slow
+def test_nests_heads_are_apart(timm):
+    """What enters its projection is (D, n_head): each head's row has length 1 there."""
+    model, args, _ = families.make_timm("nest_tiny_jx", "wrap", 1.0)
+    with torch.no_grad(), precond.wrap(model) as handle:
+        name, heads = next(iter(handle.attached.items()))
+        seen = []
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        model(*args)
+    norm = seen[0].unflatten(-1, (-1, heads)).norm(dim=-2)
+    torch.testing.assert_close(norm, torch.ones_like(norm))
