@@ -18,20 +18,22 @@ import torch.nn.functional as F
 PINV_ITERATIONS = 6  # unconverged on purpose, a regularised inverse; many more blow up in float32
 
 
-def angles(place: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Positions (T,) or (B, T) -> the angles by which `rotate` turns each pair of channels.
+def rotations(place: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (T,) or (B, T) -> cosine and sine of the angles by which `rotate` turns.
 
-    (T, head_dim / 2) or (B, 1, T, head_dim / 2), fp32. The pairs turn at rates from 1 radian a
+    Each (T, head_dim / 2) or (B, 1, T, head_dim / 2), fp32. The pairs turn at rates from 1 radian a
     token down to nearly 1 / 10000 (Su et al. 2021, arXiv 2104.09864).
     """
     rates = 10000.0 ** (-torch.arange(0, head_dim, 2, device=place.device) / head_dim)
-    turns = place[..., None] * rates
-    return turns if place.dim() == 1 else turns[:, None]
+    angles = place[..., None] * rates
+    if place.dim() == 2:
+        angles = angles[:, None]
+    return angles.cos(), angles.sin()
 
 
-def rotate(x: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """Queries or keys (B, n_head, T, head_dim), turned: their products see relative places only."""
-    cos, sin = turns.cos().to(x.dtype), turns.sin().to(x.dtype)
+def rotate(x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Queries or keys (B, n_head, T, D), turned: their products see relative places only."""
+    cos, sin = (part.to(x.dtype) for part in turns)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from attention import MECHANISMS, angles, rotate
+from attention import MECHANISMS, rotate, rotations
 from engine.kv_cache import KVCache
 from engine.loss import IGNORED, LARGE_VOCABULARY, head_loss
 from engine.options import (
@@ -195,7 +195,7 @@ class Transformer(nn.Module):
         x = self.wte(idx)  # (B, T, C)
         turns = None
         if self.wpe is None:
-            turns = angles(place, self.config.n_embd // self.config.n_head)
+            turns = rotations(place, self.config.n_embd // self.config.n_head)
         else:
             x = x + self.wpe(place)
         x = F.dropout(x, self.config.dropout, self.training)
