@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import re
 import resource
 import shutil
 import signal
@@ -124,10 +125,10 @@ def in_touch(seconds: int):
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
+        reason = re.sub(r"\[\S+:\d+\] ", "", str(e).splitlines()[0])[:120]  # without gloo's file
         raise OwnError(f"process {os.environ['RANK']} has lost touch with another one, which has "
                        f"ended, cannot be reached or was silent for --timeout={seconds} seconds "
-                       f"({str(e).splitlines()[0][:200]}). What was saved is intact: go on with "
-                       "--init_from=resume") from e
+                       f"({reason}). What was saved is intact: use --init_from=resume") from e
 
 
 def shown(value) -> str:
