@@ -220,11 +220,11 @@ def table(title: str, make, families, ways) -> list[str]:
 
 def main():
     import transformers
+    versions = f"PyTorch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
     lines = ["# Which way reaches which model", "",
-             "Written by `docs/families.py` from small random instances: PyTorch "
-             f"{torch.__version__.split('+')[0]}, transformers {transformers.__version__}. \"all "
-             "n\": with power 0 the output is the model's own to the bit, with C gradients are "
-             "finite, and `check` found the n attentions all reached. \"channels\": rows are "
+             f"Written by `docs/families.py` from small random instances: {versions}.",
+             "\"all n\": with power 0 the output is the model's own to the bit, with C gradients",
+             "are finite, and `check` found the n attentions all reached. \"channels\": rows are",
              "channels, so C is another method there.", ""]
     lines += table("Hugging Face transformers", make_transformers, transformers_families(), WAYS)
     try:

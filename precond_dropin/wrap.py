@@ -95,16 +95,17 @@ def wrap(model: nn.Module, pattern: str | None = None, heads: int | None = None,
         if width and width % n:
             raise ValueError(f"{name} has {width} inputs, which {n} heads do not divide")
         handle.attached[name] = n
-        attach(handle, name, modules, owner, (grad, eps, power, scale))
     owners = {attention_of(name, modules) for name in found}
     handle.left = [name for name, module in modules.items()
                    if ATTENTION.search(type(module).__name__) and name and not any(
                        name == o or name.startswith(o + ".") or o.startswith(name + ".")
                        for o in owners)]
     if not found:
-        raise ValueError(f"no output projection was found in {handle.kind}"
-                         + (f", but {', '.join(handle.left[:8])} look like attention" * bool(
-                             handle.left)) + ": give a pattern for their names, and heads")
+        left = f", but {', '.join(handle.left[:8])} look like attention" if handle.left else ""
+        raise ValueError(f"no output projection was found in {handle.kind}{left}: give a pattern "
+                         "for their names, and heads")
+    for name in found:  # now that nothing more is refused
+        attach(handle, name, modules, attention_of(name, modules), (grad, eps, power, scale))
     handle.unused = set(found)
     handle.hooks.append(model.register_forward_hook(handle.all_used))
     return handle
@@ -187,22 +188,20 @@ def attention_of(name: str, modules: dict) -> str:
 
 
 def head_count(name: str, modules: dict) -> int | None:
-    """From the attributes of the attention, of its parts and of its configuration."""
-    around = parents(name)
+    """From the attributes of the attention, of its parts or of its configuration."""
     owner = attention_of(name, modules)
-    parts = [part for part in modules if part.startswith(owner + ".") and part.count(".") ==
-             owner.count(".") + 1]
-    holders = [modules[n] for n in (around[0], owner, *parts)]
-    for attributes, of in ((HEADS, lambda value, width: value),
-                           (WIDTHS, lambda value, width: width // value if width else None)):
-        for holder in holders:
-            for attribute in attributes:
-                value = getattr(holder, attribute, None)
-                if type(value) is int and value > 0:
-                    return of(value, input_width(modules[name]))
-    configs = [holder.config for holder in holders if hasattr(holder, "config")]
-    return next((value for config in configs for attribute in HEADS
-                 if type(value := getattr(config, attribute, None)) is int), None)
+    parts = [part for part in modules if part and parents(part)[0] == owner]
+    holders = [modules[n] for n in (parents(name)[0], owner, *parts)]
+
+    def first(attributes, holders) -> int | None:
+        values = (getattr(holder, name, None) for holder in holders for name in attributes)
+        return next((value for value in values if type(value) is int and value > 0), None)
+    if n := first(HEADS, holders):
+        return n
+    width, one_head = input_width(modules[name]), first(WIDTHS, holders)
+    if width and one_head:
+        return width // one_head
+    return first(HEADS, [holder.config for holder in holders if hasattr(holder, "config")])
 
 
 def first_layer(module: nn.Module) -> nn.Module:

@@ -204,6 +204,7 @@ def test_future_tokens_change_nothing(attention):
 @pytest.mark.parametrize("options, words", [
     (dict(), "precond=False"),
     (dict(precond=True, precond_power=0.5), "precond=True, precond_power=0.5"),
+    (dict(precond=True, precond_scale="sqrt_d"), "precond=True, precond_scale=sqrt_d"),
     (dict(precond_power=0.5), "precond=False (precond_power=0.5 has no effect on training)"),
     (dict(precond_grad=True, precond_skip="after"),
      "precond=False (precond_grad=True, precond_skip=after have no effect on training)"),

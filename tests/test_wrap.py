@@ -116,8 +116,10 @@ def test_what_wrap_refuses():
     with pytest.raises(ValueError, match="wrap the model, then compile it"):
         precond.wrap(torch.compile(model(), backend="eager"))
     refused = type("OutlookAttention", (Attention,), {})
+    partly = Model(Attention(), refused())
     with pytest.raises(ValueError, match="OutlookAttention cannot be wrapped: its heads are"):
-        precond.wrap(Model(refused()))
+        precond.wrap(partly)
+    assert not any(module._forward_pre_hooks for module in partly.modules())
 
 
 def test_a_projection_that_is_not_called_is_an_error():
