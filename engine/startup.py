@@ -21,7 +21,7 @@ def quiet(kind, error, traceback):
 
 def option_names(script: Path) -> set[str]:
     """The fields of every configuration class in a script and in what it could take them from."""
-    names = {"vary", "arm"}  # compare.py reads these two by itself
+    names = {"vary", "arm", "tune"}  # compare.py reads these by itself
     places = [script, *ROOT.glob("*.py"), *ROOT.glob("engine/*.py"), *ROOT.glob("vision/*.py")]
     for path in places:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from conftest import ROOT, shell
-from engine import options
+from engine import options, startup
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
 OF_COMPARE = {"vary", "arm", "tune"}  # options that compare.py reads by itself
@@ -38,6 +38,7 @@ def test_commands_name_scripts_presets_and_options_that_exist(path):
         assert (ROOT / script).exists(), command
         if script.startswith("data/") or script == "precond.py":
             continue
+        startup.check_names(ROOT / script, words)  # what is asked before PyTorch is loaded
         known = known_options(script, words)
         for word in words:
             if word.startswith("config/"):
