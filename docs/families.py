@@ -135,7 +135,6 @@ def transformers_families() -> dict:
 
 def make_transformers(family: str, way: str, power: float | None):
     """(model in evaluation mode, arguments, inputs); power None: without C."""
-    torch.manual_seed(0)  # for the inputs
     cls, config, inputs = transformers_families()[family]
     implementation = None  # the model's own choice: SDPA where it has it
     if way == WAYS[0] and power is not None:
