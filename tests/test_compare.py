@@ -278,7 +278,7 @@ def test_tuning_goes_three_values_beyond_and_then_says_so(study, tmp_path):
 def test_two_options_are_tuned_one_after_the_other(study, tmp_path):
     (code, out, _), result = study("--vary", "precond_power=0,1", "--seeds=2", "--tune_seeds=1",
                                    "--tune", "learning_rate=5e-4,1e-3,2e-3,1e-2,2e-2",
-                                   "--tune", "lr_schedule=linear,constant")
+                                   "--tune", "lr_schedule=cosine,constant")
     assert code == 0 and "by learning_rate" in out and "by lr_schedule" in out
     assert list(result["tuned"]["precond_power=1"]) == ["learning_rate", "lr_schedule"]
     words = [(f / "started.txt").read_text() for f in folders(tmp_path / "out")]

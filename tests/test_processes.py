@@ -68,7 +68,7 @@ def test_out_dir_that_only_some_nodes_see_is_the_same_error_on_every_rank(corpus
 
 
 @pytest.mark.parametrize("patch, words", [
-    ("sys.argv.append('--learning_rate=0.01')", "learning_rate, which is 0.003 on rank 0; 0.01"),
+    ("sys.argv.append('--learning_rate=0.01')", "learning_rate, which is 0.012 on rank 0; 0.01"),
     ("sys.argv.append('--max_iters=3')", "max_iters, which is 2 on rank 0; 3 on rank 1"),
     ("code = run.code(); run.code = lambda: code | {'model.py': 1}", "model.py, which is"),
     ("os.environ['OMP_NUM_THREADS'] = '2'; sys.argv.append('--timeout=60')", ""),
