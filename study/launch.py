@@ -248,11 +248,14 @@ class Comparison:
         """
         seeds = range(TUNE_SEED, TUNE_SEED + self.config.tune_seeds)
         tried = {arm.name: list(self.tunings[key]) for arm in self.arms}
+        trials = {}
         for widening in range(WIDENINGS + 1):
-            trials = {(arm.name, value): [self.job(arm, seed, arm.chosen | {key: value})
-                                          for seed in seeds]
-                      for arm in self.arms for value in tried[arm.name]}
-            self.train(by_seed(trials))
+            new = {(arm.name, value): [self.job(arm, seed, arm.chosen | {key: value})
+                                       for seed in seeds]
+                   for arm in self.arms for value in tried[arm.name]
+                   if (arm.name, value) not in trials}
+            self.train(by_seed(new))
+            trials |= new
             best = {arm.name: self.best_value(arm, key, tried[arm.name], trials)
                     for arm in self.arms}
             if widening == WIDENINGS or not self.widen(key, tried, best):
