@@ -1,5 +1,6 @@
 """The commands in the documents name scripts, presets and options that exist."""
 import importlib
+import json
 import shlex
 
 import pytest
@@ -62,3 +63,18 @@ def test_the_walkthrough_is_what_its_script_writes():
             assert float(new.strip(".,:()")) == pytest.approx(float(old.strip(".,:()")), rel=0.1)
         except ValueError:
             assert new == old
+
+
+def test_results_are_those_of_the_stored_comparisons():
+    """A study whose compare.json is kept has a section in RESULTS.md that names it."""
+    sections = (ROOT / "RESULTS.md").read_text(encoding="utf-8").split("\n## ")
+    stored = sorted((ROOT / "results").glob("*.json"))
+    assert stored
+    for path in stored:
+        section, = (part for part in sections if f"results/{path.name}" in part)
+        for name, arm in json.loads(path.read_text(encoding="utf-8"))["arms"].items():
+            row = f"| {name} | {arm['mean']:.4f} |"
+            if pair := arm.get("paired"):
+                row += (f" {pair['mean']:+.4f} | {pair['low']:+.4f} to {pair['high']:+.4f} | "
+                        f"{arm['wins']}/{pair['n']} | {pair['p_holm']:.2g} |")
+            assert row in section, row
