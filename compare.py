@@ -35,6 +35,7 @@ from typing import Annotated
 
 from engine import options
 from engine.options import UserError, at_least
+from engine.startup import OF_COMPARE
 from study import figures, report, runs
 from study.arms import make_arms, read_tunings
 from study.launch import TUNE_SEED, Comparison, Stopped
@@ -68,7 +69,7 @@ def read(argv: list[str]) -> Comparison:
         raise UserError(f"name the script to compare first: {', '.join(SCRIPTS)}; see --help")
     known = options.options(Config)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in (*known, "vary", "arm", "tune"):
+    for name in (*known, *OF_COMPARE):
         parser.add_argument(f"--{name}", action="append", default=[])
     try:
         given, theirs = parser.parse_known_args(words)

@@ -19,9 +19,13 @@ def quiet(kind, error, traceback):
         sys.__excepthook__(kind, error, traceback)
 
 
+# Options that are no fields: compare.py reads them by itself, each any number of times.
+OF_COMPARE = "vary", "arm", "tune"
+
+
 def option_names(script: Path) -> set[str]:
     """The fields of every configuration class in a script and in what it could take them from."""
-    names = {"vary", "arm", "tune"}  # compare.py reads these by itself
+    names = {*OF_COMPARE}
     places = [script, *ROOT.glob("*.py"), *ROOT.glob("engine/*.py"), *ROOT.glob("vision/*.py")]
     for path in places:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

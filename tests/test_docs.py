@@ -9,7 +9,6 @@ from conftest import ROOT, shell
 from engine import options, startup
 
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-OF_COMPARE = {"vary", "arm", "tune"}  # options that compare.py reads by itself
 
 
 def commands(text: str) -> list[str]:
@@ -24,7 +23,7 @@ def known_options(script: str, words: list[str]) -> set[str]:
     config = importlib.import_module(script.removesuffix(".py")).Config
     known = set(options.options(config)) | {"help"}
     if script == "compare.py":
-        known |= OF_COMPARE | known_options(words[0], [])
+        known |= {*startup.OF_COMPARE} | known_options(words[0], [])
     return known
 
 
