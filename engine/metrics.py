@@ -26,6 +26,19 @@ class Metric:
     digits: int = 4
     percent: bool = False  # figures show 100 times the number, in %
 
+    @property
+    def scale(self) -> int:
+        """By which the number is multiplied in figures."""
+        return 100 if self.percent else 1
+
+    @property
+    def drawn_unit(self) -> str:
+        return "%" if self.percent or self.unit == "percent" else self.unit
+
+    @property
+    def difference_unit(self) -> str:
+        return "points" if self.drawn_unit == "%" else self.unit
+
 
 # In the order in which they are shown. A run is judged by the last one that can judge it.
 METRICS = {

@@ -138,15 +138,14 @@ def judged(groups: Groups) -> tuple[str, str, float, str]:
     """The metric that the first run is judged by: name, label, and its factor and unit as drawn."""
     name = next(iter(groups.values()))[0].metric
     metric = METRICS[name]
-    if metric.percent:
-        return name, metric.label, 100, "%"
-    return name, metric.label, 1, "%" if metric.unit == "percent" else metric.unit
+    return name, metric.label, metric.scale, metric.drawn_unit
 
 
-def better_side(name: str, unit: str, lower: str, higher: str) -> str:
+def better_side(name: str, lower: str, higher: str) -> str:
     """For an axis of differences: their unit, and where they are good, `lower` or `higher`."""
-    side = lower if METRICS[name].better == "lower" else higher
-    return f"({'points' if unit == '%' else unit}; {side} 0 is better)"
+    metric = METRICS[name]
+    side = lower if metric.better == "lower" else higher
+    return f"({metric.difference_unit}; {side} 0 is better)"
 
 
 def pairs(groups: Groups) -> dict[str, list[tuple[Run, Run]]]:
@@ -184,7 +183,7 @@ def validation(groups: Groups, x: str):
     if apart:
         axes[1].axhline(0, color=COLOURS[0], linewidth=1)
         said = textwrap.fill(f"Difference to {baseline}", int(2.5 / LETTER))
-        axes[1].set_ylabel(f"{said}\n{better_side(name, unit, 'below', 'above')}")
+        axes[1].set_ylabel(f"{said}\n{better_side(name, 'below', 'above')}")
         focus(axes[1], below, 0.0)
     key(figure, groups)
     return figure
@@ -203,10 +202,10 @@ def final_differences(groups: Groups) -> dict[str, list[float]]:
 def difference(groups: Groups, differences: dict[str, list[float]]):
     """A row for each group of `final_differences`."""
     baseline = next(iter(groups))
-    name, label, _, unit = judged(groups)
+    name, label, *_ = judged(groups)
     title = (f"Validation {label} at the last step, paired by seed:\n"
              "every seed, and the mean with its 95% interval")
-    said = f"Difference to {baseline} {better_side(name, unit, 'left of', 'right of')}"
+    said = f"Difference to {baseline} {better_side(name, 'left of', 'right of')}"
     figure, (ax,) = canvas(groups, 1, 1, (4.8, 0.3 + 0.4 * len(differences)), title,
                            textwrap.fill(said, int(4.8 / LETTER)))
     ax.axvline(0, color=COLOURS[0], linewidth=1)

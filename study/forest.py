@@ -37,7 +37,7 @@ def forest(paths: list[Path]):
     axes = figure.subplots(len(studies), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (name, study) in zip(axes, studies.items()):
         metric = study["metric"]
-        scale = 100 if metric.percent else 1
+        scale = metric.scale
         furthest = 0.0
         for row, pair in enumerate(study["pairs"].values()):
             low, high = pair["low"], pair["high"]
@@ -52,7 +52,7 @@ def forest(paths: list[Path]):
         side = furthest * 1.1 or 1.0
         ax.set_xlim((side, -side) if metric.better == "lower" else (-side, side))
         ax.axvline(0, color=COLOURS[-1], linewidth=1)
-        unit = "points" if scale == 100 or metric.unit == "percent" else metric.unit
-        ax.set_title(f"{name}: {metric.label} ({unit}), to {study['first']}", loc="left")
+        ax.set_title(f"{name}: {metric.label} ({metric.difference_unit}), to {study['first']}",
+                     loc="left")
         ax.grid(False, axis="y")
     return figure
