@@ -28,6 +28,7 @@ from engine.options import (
     odd_or_zero,
     one_of,
 )
+from engine.parallel import whole
 from engine.precond_config import PrecondConfig
 from precond import LEARNED_FROM, LEARNED_SCALE_FROM, precondition
 
@@ -209,11 +210,11 @@ class Transformer(nn.Module):
 
     def powers(self) -> list[float]:
         """The learned power p of C = s diag(||A_i||^-p) by layer, the mean over its heads."""
-        return [block.attn.power.mean().item() for block in self.blocks]
+        return [whole(block.attn.power).mean().item() for block in self.blocks]
 
     def scales(self) -> list[float]:
         """The learned scale s, likewise."""
-        return [block.attn.scale.mean().item() for block in self.blocks]
+        return [whole(block.attn.scale).mean().item() for block in self.blocks]
 
     def n_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

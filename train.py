@@ -79,15 +79,13 @@ class LanguageModelling(Task):
 
     @torch.no_grad()
     def evaluate(self, model, compute: Compute) -> dict[str, float]:
-        starts = self.val_starts[compute.rank::compute.world]
         total = 0.0
-        for i in range(0, len(starts), self.batch_size):
-            few = starts[i:i + self.batch_size]
+        for few, count in compute.rounds(self.val_starts, self.batch_size):
             window = torch.from_numpy(self.val.gather(few, self.block_size + 1))
             x, y = compute.move(window[:, :-1], window[:, 1:])
             with compute.autocast():
                 _, loss = model(x, y)
-            total += loss.item() * len(x)
+            total += loss.item() * count
         loss = compute.reduce([total])[0] / len(self.val_starts)
         # Bits per byte of text compare between tokenizers, whose tokens differ in length.
         bits = loss / math.log(2)

@@ -104,17 +104,11 @@ class Classification(Task):
 
     @torch.no_grad()
     def predict(self, model, compute: Compute, split: str, indices) -> tuple[float, torch.Tensor]:
-        """-> (sum of the losses, predictions (n,) on the CPU) of this process's samples."""
-        total = 0.0
-        predicted = [torch.zeros(0, dtype=torch.int64)]  # a process may have no samples
-        for i in range(0, len(indices), self.batch_size):
-            batch = self.splits[split].batch(indices[i:i + self.batch_size])
-            x, mask, y = compute.move(*batch)
-            with compute.autocast():
-                logits, loss = model(x, mask, y)
-            total += float(loss) * len(y)
-            predicted.append(logits.argmax(dim=-1).cpu())
-        return total, torch.cat(predicted)
+        """-> (mean loss, predictions (n,) on the CPU) of a few samples."""
+        x, mask, y = compute.move(*self.splits[split].batch(indices))
+        with compute.autocast():
+            logits, loss = model(x, mask, y)
+        return float(loss), logits.argmax(dim=-1).cpu()
 
     def score(self, model, compute: Compute, split: str,
               limit: int | None = None) -> tuple[float, float]:
@@ -124,11 +118,13 @@ class Classification(Task):
         """
         size = len(self.splits[split])
         indices = spread(limit or size, size)
-        mine = indices[compute.rank::compute.world]
-        loss, predicted = self.predict(model, compute, split, mine)
-        right = (predicted.numpy() == self.splits[split].labels[mine]).sum()
-        loss, right = compute.reduce([loss, float(right)])
-        return loss / len(indices), right / len(indices)
+        total = right = 0.0
+        for few, count in compute.rounds(indices, self.batch_size):
+            loss, predicted = self.predict(model, compute, split, few)
+            total += loss * count
+            right += (predicted.numpy() == self.splits[split].labels[few])[:count].sum()
+        total, right = compute.reduce([total, float(right)])
+        return total / len(indices), right / len(indices)
 
     def evaluate(self, model, compute: Compute) -> dict[str, float]:
         loss, accuracy = self.score(model, compute, "val", self.eval_limit)
@@ -164,10 +160,13 @@ def open(config: Config, compute: Compute) -> tuple[Classification, Classifier]:
     folder = compute.once_per_node(lambda: prepare(config))
     task = Classification(config, folder)
     compute.check_same(task.state() | {"data's sha256": task.meta["sha256"]})
-    meta = task.meta
+    return task, new_model(config, task, compute)
+
+
+def new_model(config: Config, task: Classification, compute: Compute) -> Classifier:
     torch.manual_seed(config.seed)
-    model = Classifier(config, meta["vocab_size"], meta["classes"], meta["towers"])
-    return task, model.to(compute.device)
+    sizes = [task.meta[name] for name in ("vocab_size", "classes", "towers")]
+    return Classifier(config, *sizes).to(compute.device)
 
 
 def test(config: Config, task: Classification, model: Classifier, compute: Compute):
@@ -204,7 +203,9 @@ def show(config: Config, task: Classification, model: Classifier, compute: Compu
     """The first test inputs with prediction and label: text, or images as PNG in out_dir."""
     indices = np.arange(min(config.show, len(task.splits["test"])))
     x, mask, y = task.splits["test"].batch(indices)
-    _, predicted = task.predict(model, compute, "test", indices)
+    size = config.batch_size
+    predicted = torch.cat([task.predict(model, compute, "test", indices[i:i + size])[1]
+                           for i in range(0, len(indices), size)])
     for i, label, answer in zip(indices, y.tolist(), predicted.tolist()):
         said = f"predicted {answer}, label {label}" + ("" if answer == label else "  (wrong)")
         if config.task in IMAGES:
@@ -250,6 +251,8 @@ def main():
                   f"compute: {compute.describe()}", flush=True)
         if not config.eval_only:
             run.finish(Trainer(config, task, model, compute, run.saved).run(), compute)
+            if config.shard:
+                model = new_model(config, task, compute)  # this one is whole
         test(config, task, model, compute)
         if compute.main and not config.eval_only:
             out = config.out_dir

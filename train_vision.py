@@ -87,22 +87,21 @@ class VisionTask(Task):
     @torch.no_grad()
     def evaluate(self, model, compute: Compute) -> dict[str, float]:
         """The mean loss, and accuracy or average precision, over the evaluated images."""
-        size, count = self.config.batch_size, len(self.evaluated)
+        count = len(self.evaluated)
         total, right, found = 0.0, 0, []
         # EoMT's loss draws random points: the same ones each time, apart from training's.
         with torch.random.fork_rng([compute.device] if compute.device.type == "cuda" else []):
             # Processes take turns at whole batches: a loss divides by the objects of its batch, so
             # it would depend on their number if they shared one.
-            for i in range(compute.rank * size, count, compute.world * size):
-                torch.manual_seed(i)
-                indices = self.evaluated[i:i + size]
+            for indices, n in compute.rounds(self.evaluated, self.config.batch_size):
+                torch.manual_seed(int(indices[0]))
                 images, *targets = compute.move(*self.data.val.batch(indices))
                 with compute.autocast():
                     outputs, loss = model(images, *targets)
-                total += float(loss) * len(images)
+                total += float(loss) * n
                 if self.classify:
-                    right += int((outputs[0].argmax(dim=-1) == targets[0]).sum())
-                else:
+                    right += int((outputs[0].argmax(dim=-1) == targets[0])[:n].sum())
+                elif n:
                     records = [self.data.truth["images"][j] for j in indices]
                     found += detections(self.config.task, outputs, records)
         total, right = compute.reduce([total, right])
@@ -161,6 +160,9 @@ next: python train_vision.py --eval_only --show=8 --out_dir={config.out_dir}   #
       python plot.py {config.out_dir}        # figures
       python compare.py train_vision.py {config.task} --vary precond=False,True --seeds=3""")
         if config.show and compute.main:
+            if config.shard:
+                whole = Vision(config, len(task.data.classes))
+                model = whole.to(compute.device)
             best = checkpoint.read(checkpoint.choose(run.folder, best=True))
             checkpoint.restore_model(model, task, best, run.folder)
             show(task, model.eval(), compute, config.show, run.folder)

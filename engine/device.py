@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -272,15 +272,19 @@ class Compute:
             return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
         return [t.to(self.device) for t in tensors]
 
-    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model behind DistributedDataParallel, where there are several processes."""
-        if not self.ddp:
-            return model
-        devices = [self.device] if self.device.type == "cuda" else None
-        # Buffers are constants here. Broadcasting them would wait for every process in each
-        # forward pass, and in an evaluation a process may have no batch left.
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices,
-                                                         forward_sync_buffers=False)
+    def rounds(self, items: Sequence, size: int) -> Iterator[tuple[Sequence, int]]:
+        """Batches of up to `size` of `items`, this process's in turn: (batch, how many count).
+
+        Every process gets as many, since all must take part in a sharded model's forward pass.
+        Where none is left it is the last one again, of which 0 count.
+        """
+        batches = [items[i:i + size] for i in range(0, len(items), size)]
+        for first in range(0, len(batches), self.world):
+            mine = first + self.rank
+            if mine < len(batches):
+                yield batches[mine], len(batches[mine])
+            else:
+                yield batches[-1], 0
 
     def reduce(self, values: list[float], how: str = "sum") -> list[float]:
         """Sums (or maxima) over the processes, as Python floats, the same on all."""

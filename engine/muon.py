@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 
 from engine.orthogonal import orthogonalise
+from engine.parallel import like, whole
 
 
 def block_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -69,10 +70,12 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is not None:
                 shapes.setdefault(p.shape, []).append(p)
-        # Matrices of one shape go through one sequence of products.
+        # Matrices of one shape go through one sequence of products. Of a sharded model each process
+        # gathers them, computes the same updates and keeps its part of them.
         for (rows, columns), matrices in shapes.items():
             parts = 3 if rows == 3 * columns else 1
-            stack = torch.stack([self.direction(p) for p in matrices])  # (n, rows, columns)
+            directions = [whole(self.direction(p)) for p in matrices]
+            stack = torch.stack(directions)  # (n, rows, columns)
             stack = stack.view(-1, rows // parts, columns)
             # A GPU multiplies bfloat16 much faster than float32, and two digits are enough here.
             fast = torch.bfloat16 if stack.is_cuda else stack.dtype
@@ -80,7 +83,7 @@ class Muon(torch.optim.Optimizer):
             size = 0.2 * max(rows // parts, columns) ** 0.5
             for p, update in zip(matrices, updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * size)
+                p.add_(like(update, p), alpha=-group["lr"] * size)
 
     def direction(self, p: torch.Tensor) -> torch.Tensor:
         """The gradient with Nesterov's momentum; a mean over past gradients is kept."""

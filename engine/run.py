@@ -30,6 +30,7 @@ from engine.device import Compute
 from engine.lock import Lock
 from engine.metrics import MetricsLog
 from engine.options import FIXED, FREE, LOCAL, Options, UserError, at_least, not_empty
+from engine.parallel import check_shard, like, whole
 
 RESULT = "test.json"
 LOCK = "lock"
@@ -86,6 +87,8 @@ class Run:
             self.agree(compute)
             compute.check_same(self.decisive(compute))
             check_world(config, compute.world)
+            if config.shard and not config.eval_only:
+                check_shard(compute)
             if not config.eval_only:
                 compute.on_main(lambda: check_writable(self.folder))
             yield compute
@@ -118,8 +121,7 @@ class Run:
         if self.saved:
             checkpoint.restore_model(model, task, self.saved, self.folder)
             step = self.saved["step"]
-        model = compute.wrap(model.to(compute.device).eval())
-        values = task.evaluate(model, compute)
+        values = task.evaluate(model.to(compute.device).eval(), compute)
         if compute.main:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
             print(f"step {step}: {shown}")
@@ -277,7 +279,7 @@ def open_folder(config, step: int) -> MetricsLog:
 def save_state(trainer):
     """ckpt.pt: the trainer's state, from which it goes on bit for bit."""
     mine = {"random": trainer.compute.random_state(), **trainer.meter.state()}
-    write(trainer, "ckpt.pt", {"optimizer": trainer.optimizer.state_dict()["state"],
+    write(trainer, "ckpt.pt", {"optimizer": whole(trainer.optimizer.state_dict()["state"]),
                                "scaler": trainer.scaler.state_dict(),
                                "ranks": trainer.compute.gather(mine),  # of each process
                                "train_seconds": trainer.meter.train_seconds,
@@ -292,7 +294,7 @@ def save_best(trainer):
 
 def write(trainer, name: str, state: dict):
     """A checkpoint file: the model, `state`, and what identifies the run."""
-    state |= {"model": trainer.raw.state_dict(),
+    state |= {"model": whole(trainer.raw.state_dict()),
               # With overwrite, resuming would lose the run.
               "config": asdict(trainer.config) | {"overwrite": False},
               "task": trainer.task.state(), "step": trainer.step, "best": trainer.best,
@@ -301,12 +303,10 @@ def write(trainer, name: str, state: dict):
 
 
 def restore_state(trainer, saved: dict):
-    """What `save_state` has written."""
+    """What `save_state` has written, but the model, which has its weights."""
     compute, meter = trainer.compute, trainer.meter
-    checkpoint.restore_model(trainer.raw, trainer.task, saved, trainer.folder)
     try:
-        groups = trainer.optimizer.state_dict()["param_groups"]  # rates and decay: from the options
-        trainer.optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+        load_optimizer(trainer.optimizer, saved["optimizer"])
         if saved["scaler"]:  # empty where the run was not in float16
             trainer.scaler.load_state_dict(saved["scaler"])
         trainer.step = saved["step"]
@@ -323,6 +323,19 @@ def restore_state(trainer, saved: dict):
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise UserError(f"the checkpoint in {trainer.folder} cannot be used: "
                         f"{type(e).__name__}, {checkpoint.first_line(e)}") from None
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
+    """A checkpoint's state, of whole tensors, into an optimizer, whose parameters may be shards."""
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    mine = {}
+    for i, values in state.items():
+        p = parameters[i]
+        # All but the number of steps is shaped as the parameter.
+        mine[i] = {name: like(value, p) if value.shape == p.shape else value
+                   for name, value in values.items()}
+    groups = optimizer.state_dict()["param_groups"]  # rates and decay: from the options
+    optimizer.load_state_dict({"state": mine, "param_groups": groups})
 
 
 class StopSignal:

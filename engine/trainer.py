@@ -5,7 +5,6 @@ One step: the task's batch -> forward and backward pass, in parts -> clip -> opt
 Sample i of step s is g = s * batch_size * gradient_accumulation_steps + i of the task's endless
 sequence. So a run's place in its data is its step, and nothing else has to be kept.
 """
-import contextlib
 import math
 import sys
 from collections.abc import Sequence
@@ -16,11 +15,13 @@ from typing import Annotated, Protocol
 import numpy as np
 import torch
 
+from engine.checkpoint import restore_model
 from engine.device import Compute, ComputeConfig, check_compiler, tune_allocator
 from engine.meter import Meter, measure_kappa
 from engine.metrics import is_better
 from engine.optim import OptimConfig, learning_rate, make_optimizer, set_learning_rates
 from engine.options import UserError, at_least
+from engine.parallel import copies, gradients, shard, whole
 from engine.precond_config import PrecondConfig
 from engine.run import RunConfig, StopSignal, open_folder, restore_state, save_best, save_state
 
@@ -60,6 +61,8 @@ class TrainerConfig(OptimConfig, ComputeConfig, RunConfig, PrecondConfig):
                           at_least(1)] = 100
     log_interval: Annotated[int, "steps between records in metrics.jsonl", at_least(1)] = 10
     compile: Annotated[bool, "torch.compile the model"] = False
+    shard: Annotated[bool, "torchrun: split parameters, gradients and optimizer state over the "
+                           "processes (FSDP2)"] = False
     tune_malloc: Annotated[bool, "on a CPU with glibc: keep freed memory for the next step"] = True
 
     @property
@@ -75,12 +78,16 @@ class Trainer:
         self.config, self.task, self.compute = config, task, compute
         self.folder = Path(config.out_dir)
         tuned = config.tune_malloc and compute.device.type == "cpu" and tune_allocator()
+        if saved:
+            restore_model(model, task, saved, self.folder)
         # Checkpoints are of the raw model: compiling and DDP put prefixes before its keys.
         self.raw = model.to(compute.device)
+        if config.shard:
+            shard(self.raw, compute)
         if config.compile:
             check_compiler(compute.device)
             model = torch.compile(self.raw)
-        self.model = compute.wrap(model)
+        self.model = model if config.shard else copies(model, compute)
         self.optimizer = make_optimizer(self.raw, config)
         # float16 has few exponents. The scaler multiplies the loss so that small gradients do not
         # vanish, and skips a step whose gradient overflows. Disabled, it does nothing.
@@ -144,10 +151,7 @@ class Trainer:
             count = len(part)
             batch = compute.move(*self.task.batch(first, count))
             first += count
-            # DDP decides in the forward pass whether the backward pass sends gradients. They
-            # travel once a step, with the last part.
-            last = i == len(parts) - 1
-            with contextlib.nullcontext() if last or not compute.ddp else self.model.no_sync():
+            with gradients(self.model, last=i == len(parts) - 1):
                 with compute.autocast():
                     means = self.task.loss(self.model, *batch)
                 # Parts may differ in size: each counts by its sequences. Gradients add up.
@@ -159,7 +163,7 @@ class Trainer:
         # Clipping is about true gradients, without the scaler's factor. norm is that before it.
         self.scaler.unscale_(self.optimizer)
         limit = config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.raw.parameters(), limit)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.raw.parameters(), limit))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         # None instead of zeros: the next backward pass writes gradients without reading them.
@@ -175,7 +179,7 @@ class Trainer:
         self.model.train()
         if not all(math.isfinite(value) for value in record.values()):
             raise UserError(self.diverged(self.step))
-        if self.compute.main:
+        if self.compute.main or self.config.shard:  # a forward pass of shards needs all processes
             record |= measure_kappa(self.config, self.task, self.raw, self.compute)
         self.report(record)
         self.evaluated = self.step

@@ -1,0 +1,97 @@
+"""--shard=True: one model cut over processes, beside copies of it and beside one process."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from conftest import SMALL, error, killer, launch, messages, read_metrics, torchrun
+from engine import checkpoint
+from engine.options import UserError
+from engine.parallel import check_shard
+
+RUN = [*SMALL, "--gradient_accumulation_steps=3", "--batch_size=2", "--precond=True",
+       "--precond_grad=True", "--precond_power=learned", "--min_lr=0"]
+
+
+def losses(folder) -> dict[int, float]:
+    return {r["step"]: r["val_loss"] for r in read_metrics(folder) if "val_loss" in r}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_each_kind_of_run_goes_on_from_the_others(optimizer, corpus, tmp_path):
+    one, turns = tmp_path / "one", tmp_path / "turns"
+    run = [*RUN, *corpus, f"--optimizer={optimizer}", "--eval_interval=20", "--lr_decay_iters=100"]
+    launch(1, "train.py", *run, "--max_iters=100", f"--out_dir={one}")
+    torchrun(2, "train.py", *run, "--max_iters=40", "--shard=True", f"--out_dir={turns}")
+    for steps, processes, shard in (60, 2, False), (80, 1, False), (100, 2, True):
+        launch(processes, "train.py", "--init_from=resume", f"--max_iters={steps}",
+               f"--shard={shard}", f"--out_dir={turns}")
+    assert losses(turns) == pytest.approx(losses(one), abs=1e-5)
+    a, b = (read_metrics(folder) for folder in (one, turns))
+    assert b[0]["kappa_before"] == pytest.approx(a[0]["kappa_before"], rel=1e-3)
+    a, b = a[-1], b[-1]
+    assert b["precond_power"] == pytest.approx(a["precond_power"], abs=1e-4)
+    assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path):
+    run = [*RUN, *corpus, "--shard=True", "--max_iters=12", "--eval_interval=4", "--dropout=0.1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    torchrun(2, "train.py", *run, f"--out_dir={whole}")
+    done = torchrun(2, killer(tmp_path, "train", 6), *run, f"--out_dir={killed}", check=False)
+    assert done.returncode != 0
+    torchrun(2, "train.py", "--init_from=resume", f"--out_dir={killed}")
+    assert read_metrics(killed) == read_metrics(whole)
+    for name in "ckpt.pt", "best.pt":
+        a, b = (checkpoint.read(folder / name)["model"] for folder in (whole, killed))
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [
+    # 21 samples in batches of 4: the second process has one batch less to evaluate.
+    ["train_lra.py", "listops", "--n_train=60", "--n_val=21", "--n_test=21", "--batch_size=4"],
+    # A parameter without elements, and layers beside the blocks.
+    ["train_vision.py", "segment", "--n_val=5", "--batch_size=2", "--n_layer=2", "--n_embd=16",
+     "--n_head=2", "--image_size=32"],
+], ids=["listops", "segment"])
+def test_other_tasks(command, prepared, tmp_path):
+    run = [*command, prepared, "--max_iters=3", "--eval_interval=3"]
+    launch(1, *run, f"--out_dir={tmp_path / 'one'}")
+    done = torchrun(2, *run, "--shard=True", "--show=1", f"--out_dir={tmp_path / 'two'}")
+    one, two = (losses(tmp_path / name) for name in ("one", "two"))
+    # Segmentation divides by the objects of a part: how a batch is split matters a little.
+    assert two == pytest.approx(one, rel=0.02 if "segment" in command else 1e-5)
+    assert one[3] != one[0]
+    assert "predicted" in done.stdout or "val_0.png" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_process_holds_its_part_alone(corpus, tmp_path):
+    held = messages(tmp_path, """
+        def run(self):
+            self.train_step()
+            state = [s for part in self.optimizer.state.values() for s in part.values()]
+            tensors = [*self.raw.parameters(), *(s for s in state if s.dim())]
+            mine = sum(t.to_local().numel() for t in tensors)
+            raise options.UserError(f"{mine} {self.raw.n_parameters()}")
+        trainer.Trainer.run = run
+    """, *SMALL, *corpus, "--shard=True", "--optimizer=adamw")
+    sizes = [int(words.split()[0]) for words in held]
+    whole = 3 * int(held[0].split()[1])  # with both of AdamW's moments
+    assert sum(sizes) == whole
+    assert max(sizes) < 0.51 * whole
+
+
+def test_one_process_has_nothing_to_split(corpus, tmp_path, call):
+    message = error(call(train, *SMALL, *corpus, "--shard=True", f"--out_dir={tmp_path}"))
+    assert "start them with torchrun, or use --shard=False" in message
+
+
+def test_float16_is_refused():
+    with pytest.raises(UserError, match="float16's scaler"):
+        check_shard(SimpleNamespace(ddp=True, dtype="float16"))
+    check_shard(SimpleNamespace(ddp=True, dtype="bfloat16"))
