@@ -4,7 +4,7 @@
     python plot.py out out-on                                  # two runs -> figures/
     python plot.py out-compare --x=tokens                      # what compare.py has compared
     python plot.py out out-on --x=tokens --labels=softmax,preconditioned --layer=0
-    python plot.py results/*.json --out=results                # several comparisons: forest.png
+    python plot.py results/*.json --out=results                # several comparisons
 
 Runs that differ only in their seed are one group, with one colour.
 
@@ -16,7 +16,11 @@ kappa        condition number of the head outputs by layer, before C (A) and aft
 training     learning rate and gradient norm
 spectrum     singular values of A and C A in one layer of the best checkpoint, on the validation
              samples that kappa is measured on
-forest       of compare.json files: every arm's difference to the first one of its comparison
+
+Of compare.json files two others are drawn:
+
+forest        every arm's difference to the first one of its comparison
+conditioning  the final metric of each run against its condition number
 
 On linear axes the line is the mean over seeds, and the band one standard deviation (n - 1 in its
 denominator) to either side; on logarithmic axes they are the median and the range. Needs
@@ -60,7 +64,7 @@ def main():
                         "see --help")
     first, *others = map(Path, folders)
     if all(folder.endswith(".json") for folder in folders):
-        for path in figures.draw_forest([first, *others], Path(config.out or "figures")):
+        for path in figures.draw_comparisons([first, *others], Path(config.out or "figures")):
             print(path)
         return
     groups = runs.group([first, *others], config.labels)

@@ -9,8 +9,8 @@ from engine.metrics import METRICS
 from engine.options import DATA, DataError, UserError, marked
 from study import stats
 from study.canvas import COLOURS, DARK, INFINITE, LETTER, STYLE, canvas, focus, key, line
+from study.comparisons import conditioning, forest
 from study.fingerprint import hash_of
-from study.forest import forest
 from study.runs import Groups, Run, script_of, series
 from study.spectra import spectra
 
@@ -55,13 +55,14 @@ def draw(groups: dict[str, list[Path]], out: Path, x: str = "step", layer: int =
         return write(figures, out, owner(groups))
 
 
-def draw_forest(paths: list[Path], out: Path) -> list[Path]:
-    """Write the forest plot of compare.json files to `out`; returns the files.
+def draw_comparisons(paths: list[Path], out: Path) -> list[Path]:
+    """Write the two figures of compare.json files to `out`; returns the files.
 
     Raises UserError.
     """
     with rc_context()(STYLE):
-        return write({"forest": forest(paths)}, out, hash_of(sorted(map(str, paths))))
+        drawn = {"forest": forest(paths), "conditioning": conditioning(paths)}
+        return write(drawn, out, hash_of(sorted(map(str, paths))))
 
 
 def rc_context() -> Callable:

@@ -74,6 +74,7 @@ def describe(group: list[Run], baseline: list[Run], metric: str) -> dict:
     good = [run for run in group if not run.diverged]
     arm = {"seeds": [run.seed for run in group],
            "final": [None if run.diverged else run.final for run in group],
+           "kappa": [None if run.diverged else conditioning(run) for run in group],
            "diverged": {run.seed: run.diverged for run in group if run.diverged}}
     if good:
         last = [run.records[-1] for run in good]
@@ -101,6 +102,17 @@ def describe(group: list[Run], baseline: list[Run], metric: str) -> dict:
     if group is not baseline:
         arm |= pairing(group, baseline, metric)
     return arm
+
+
+def conditioning(run: Run) -> float | None:
+    """Kappa of the matrices that the model used, C A or A, at the last step; None: infinite.
+
+    The median over layers.
+    """
+    used = "kappa_after" if run.config["precond"] else "kappa_before"
+    kappas = [math.inf if kappa is None else kappa for kappa in run.records[-1][used]]
+    middle = statistics.median(kappas)
+    return middle if math.isfinite(middle) else None
 
 
 def spread(values: list[float]) -> float | None:

@@ -22,7 +22,7 @@ from conftest import SMALL, error
 from engine.options import DataError, UserError
 from precond import record
 from study import figures, spectra, stats
-from study.forest import forest
+from study.comparisons import conditioning, forest
 from study.runs import Run, group
 
 ARMS = {"off": ["--precond=False"], "on": ["--precond=True"]}
@@ -377,8 +377,11 @@ def test_a_comparison_is_what_its_report_compares(tmp_path, call):
 
 
 def report(path, metric, **pairs):
-    arms = {"off": {}} | {name: {"paired": dict(zip(("mean", "low", "high"), ends)) | {"n": 5}}
-                          for name, ends in pairs.items()}
+    arms = {name: {"paired": dict(zip(("mean", "low", "high"), ends)) | {"n": 5}}
+            for name, ends in pairs.items()}
+    arms = {"off": {}} | arms
+    for i, arm in enumerate(arms.values()):  # kappa falls as the metric rises
+        arm |= {"kappa": [100.0 / (i + 1), 50.0 / (i + 1), None], "final": [i + 0.1, i + 0.2, None]}
     path.write_text(json.dumps({"metric": metric, "arms": arms}))
     return path
 
@@ -397,6 +400,7 @@ def test_the_forest_has_every_difference_and_better_is_right(tmp_path, call):
     assert one.get_xlim()[0] > one.get_xlim()[1] and two.get_xlim()[0] < two.get_xlim()[1]
     code, out, _ = call(plot, loss, accuracy, f"--out={tmp_path}")
     assert code == 0 and (tmp_path / "forest.png").exists() and "forest.svg" in out
+    assert (tmp_path / "conditioning.png").exists()
     assert "no compare.json" in error(call(plot, tmp_path / "nothere.json"))
     loss.write_text("[]")
     assert "no compare.json" in error(call(plot, loss))
@@ -478,3 +482,17 @@ def test_without_matplotlib(lm, tmp_path, call, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = error(call(plot, lm["off"][0], "--out", tmp_path / "figures"))
     assert "pip install -r requirements-extra.txt" in said
+
+
+def test_the_final_metric_against_kappa(tmp_path):
+    accuracy = report(tmp_path / "listops.json", "val_accuracy", paper=(-0.02, -0.06, 0.02))
+    arms = json.loads(accuracy.read_text())["arms"]
+    arms["off"]["kappa"][0] = None  # infinite: the highest, with the lowest accuracy
+    accuracy.write_text(json.dumps({"metric": "val_accuracy", "arms": arms}))
+    ax, = conditioning([accuracy]).axes
+    assert ax.get_title(loc="left").startswith("listops\n4 runs, rank correlation -0.95")
+    assert "higher is better" in ax.get_ylabel()
+    edge, = [line for line in ax.lines if line.get_gid() == "infinite"]
+    assert list(edge.get_ydata()) == pytest.approx([10.0])  # percent
+    on = [line for line in ax.lines if list(line.get_xdata()) == [50.0, 25.0]]
+    assert len(on) == 1

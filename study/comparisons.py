@@ -1,0 +1,107 @@
+"""Several comparisons in one figure, from their compare.json files."""
+import json
+import math
+from pathlib import Path
+
+from engine.metrics import METRICS
+from engine.options import UserError
+from study import stats
+from study.canvas import COLOURS, INFINITE
+
+
+def read(path: Path) -> dict:
+    """compare.json -> its metric, its first arm, {arm: the difference to the first} as pairs, and
+    {arm: [(kappa, final metric) of each run]}.
+
+    Raises UserError.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        pairs = {name: arm["paired"] for name, arm in report["arms"].items() if "paired" in arm}
+        points = {name: [(math.inf if kappa is None else kappa, final)
+                         for kappa, final in zip(arm["kappa"], arm["final"]) if final is not None]
+                  for name, arm in report["arms"].items()}
+        return {"metric": METRICS[report["metric"]], "pairs": pairs, "points": points,
+                "first": next(iter(report["arms"]))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is no compare.json of this version ({e!r})") from None
+
+
+def forest(paths: list[Path]):
+    """A row for each arm of each comparison: its mean difference and 95% interval.
+
+    Right of 0 is better, whatever the metric: where lower is better the axis runs to the left.
+    """
+    from matplotlib.figure import Figure
+    studies = {path.stem: read(path) for path in paths}
+    if empty := [name for name, study in studies.items() if not study["pairs"]]:
+        raise UserError(f"{', '.join(empty)}: no arm could be paired with the first")
+    heights = [len(study["pairs"]) + 1.5 for study in studies.values()]
+    figure = Figure(figsize=(6.5, 0.9 + 0.27 * sum(heights)), layout="constrained")
+    figure.suptitle("Difference to the first arm, paired by seed: mean and 95% interval.\n"
+                    "Right of 0 is better", fontsize=9)
+    axes = figure.subplots(len(studies), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, (name, study) in zip(axes, studies.items()):
+        metric = study["metric"]
+        scale = metric.scale
+        furthest = 0.0
+        for row, pair in enumerate(study["pairs"].values()):
+            low, high = pair["low"], pair["high"]
+            if low is None:  # without a spread there is no interval
+                low = high = pair["mean"]
+            ax.plot([scale * low, scale * high], [row, row], color=COLOURS[0])
+            ax.plot(scale * pair["mean"], row, color=COLOURS[0], marker="D", markersize=5)
+            furthest = max(furthest, scale * abs(low), scale * abs(high))
+        labels = [f"{arm} ({pair['n']} seeds)" for arm, pair in study["pairs"].items()]
+        ax.set_yticks(range(len(labels)), labels)
+        ax.set_ylim(len(labels) - 0.5, -0.5)
+        side = furthest * 1.1 or 1.0
+        ax.set_xlim((side, -side) if metric.better == "lower" else (-side, side))
+        ax.axvline(0, color=COLOURS[-1], linewidth=1)
+        ax.set_title(f"{name}: {metric.label} ({metric.difference_unit}), to {study['first']}",
+                     loc="left")
+        ax.grid(False, axis="y")
+    return figure
+
+
+def conditioning(paths: list[Path]):
+    """A panel for each comparison: the final metric of each run against its kappa.
+
+    kappa is of the matrices that the trained model used, C A or A: the median over layers. A panel
+    says Spearman's rank correlation over all its runs.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import NullFormatter
+    studies = {path.stem: read(path) for path in paths}
+    arms = list(dict.fromkeys(arm for study in studies.values() for arm in study["points"]))
+    colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
+    columns = min(3, len(studies))
+    rows = math.ceil(len(studies) / columns)
+    figure = Figure(figsize=(0.6 + 3.4 * columns, 1.2 + 2.4 * rows), layout="constrained")
+    figure.suptitle("Each run's final metric against the condition number of its head outputs as "
+                    "used,\nthe median over layers", fontsize=9)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes[len(studies):]:
+        ax.remove()
+    for ax, (name, study) in zip(axes, studies.items()):
+        metric = study["metric"]
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())  # labels are too wide for small panels
+        for arm, points in study["points"].items():
+            finite = [(k, metric.scale * final) for k, final in points if math.isfinite(k)]
+            infinite = [metric.scale * final for k, final in points if math.isinf(k)]
+            ax.plot(*zip(*finite) if finite else ([], []), "o", color=colours[arm])
+            if infinite:  # more than half of the matrices are rank-deficient: at the right edge
+                ax.plot([1.0] * len(infinite), infinite, INFINITE, color=colours[arm],
+                        clip_on=False, transform=ax.get_yaxis_transform(), gid="infinite")
+        kappas, finals = zip(*(point for points in study["points"].values() for point in points))
+        rank = stats.scipy_stats().spearmanr(kappas, finals)
+        ax.set_title(f"{name}\n{len(kappas)} runs, rank correlation {rank.statistic:+.2f} "
+                     f"(p {rank.pvalue:.2g})", loc="left")
+        ax.set_ylabel(f"{metric.label} ({metric.better} is better)")
+        ax.set_xlabel("kappa")
+    marks = [Line2D([], [], color=colours[arm], marker="o", linestyle="", label=arm)
+             for arm in arms]
+    figure.legend(handles=marks, ncols=min(len(marks), 2 * columns), loc="outside lower center")
+    return figure
