@@ -4,8 +4,8 @@
 #   bash results/studies.sh                 # their names, and which have been run
 #   bash results/studies.sh characters      # run one, or go on with it where it was stopped
 #
-# A finished study leaves its compare.json and compare.md here, under its name. JOBS=2 are trained at
-# once, one thread each. Needs requirements-extra.txt. Runs are shorter than the presets, so that a
+# A finished study leaves its compare.json and compare.md here, under its name. JOBS=2 runs are
+# trained at once, one thread each. Needs requirements-extra.txt. Runs are shorter than the presets, so that a
 # study takes half an hour: characters a fourth of theirs, images and ListOps a third to a half.
 # characters_muon, characters_adamw and the Pathfinders have their whole length: hours each.
 set -euo pipefail
@@ -18,11 +18,26 @@ arms=(--arm "off:" --arm "paper: precond=True"
 saturating=(--arm "saturating-grad: precond=True precond_eps=1 precond_grad=True")
 adamw=config/shakespeare_char_adamw.toml
 
+images() {  # task, steps
+    words=(train_vision.py "$1" --max_iters="$2" --eval_interval=$(($2 / 5)) "${arms[@]}"
+           --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5)
+}
+
 study() {  # name -> the words after compare.py
     case $1 in
     characters_muon_short)
-        words=(train.py --max_iters=375 --eval_interval=375 --warmup_iters=20 "${arms[@]}"
-               --tune learning_rate=6e-3,1.2e-2 --tune_seeds=1 --seeds=5) ;;
+        words=(train.py --max_iters=375 --eval_interval=125 --warmup_iters=20 "${arms[@]}"
+               "${saturating[@]}" --tune learning_rate=6e-3,1.2e-2,2.4e-2,4.8e-2 --tune_seeds=1
+               --seeds=5) ;;
+    kappa)  # what moves it: the initialisation, the schedule, the optimizer, or C
+        gpt2="init=gpt2 lr_schedule=cosine min_lr=3e-4"
+        words=(train.py --max_iters=375 --eval_interval=125 --warmup_iters=20
+               --arm "adamw: optimizer=adamw learning_rate=3e-3 $gpt2"
+               --arm "adamw-paper: optimizer=adamw learning_rate=3e-3 $gpt2 precond=True"
+               --arm "adamw-linear: optimizer=adamw learning_rate=3e-3 init=gpt2"
+               --arm "adamw-zero: optimizer=adamw learning_rate=3e-3 min_lr=3e-4 lr_schedule=cosine"
+               --arm "muon-gpt2: $gpt2"
+               --arm "muon:" --arm "muon-paper: precond=True" --seeds=3) ;;
     characters_adamw_short)
         words=(train.py $adamw --max_iters=500 --eval_interval=125 "${arms[@]}" "${saturating[@]}"
                --tune learning_rate=1.5e-3,3e-3,6e-3,1.2e-2 --tune_seeds=1 --seeds=5) ;;
@@ -38,13 +53,9 @@ study() {  # name -> the words after compare.py
     pathfinder_softmax | pathfinder_nystrom)
         words=(train_lra.py pathfinder --attention="${1#pathfinder_}" "${arms[@]}"
                --tune learning_rate=2.5e-4,5e-4,1e-3,2e-3 --seeds=5) ;;
-    classify | detect | segment)
-        steps=1500
-        if [ "$1" = segment ]; then
-            steps=1000
-        fi
-        words=(train_vision.py "$1" --max_iters=$steps --eval_interval=$((steps / 5)) "${arms[@]}"
-               --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5) ;;
+    classify) images classify 1000 ;;
+    detect) images detect 1500 ;;
+    segment) images segment 600 ;;
     *)
         echo "no study $1" >&2
         exit 2 ;;
@@ -52,8 +63,9 @@ study() {  # name -> the words after compare.py
 }
 
 if [ $# = 0 ]; then
-    for name in characters_{muon_short,adamw_short,muon,adamw} listops_{softmax,nystrom,linear} \
-                pathfinder_{softmax,nystrom} classify detect segment; do
+    for name in kappa characters_{muon_short,adamw_short,muon,adamw} \
+                listops_{softmax,nystrom,linear} pathfinder_{softmax,nystrom} \
+                classify detect segment; do
         if [ -e "results/$name.json" ]; then
             echo "$name (run)"
         else
