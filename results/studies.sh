@@ -5,9 +5,10 @@
 #   bash results/studies.sh characters      # run one, or go on with it where it was stopped
 #
 # A finished study leaves its compare.json and compare.md here, under its name. JOBS=2 runs are
-# trained at once, one thread each. Needs requirements-extra.txt. Runs are shorter than the presets, so that a
-# study takes half an hour: characters a fourth of theirs, images and ListOps a third to a half.
-# characters_muon, characters_adamw and the Pathfinders have their whole length: hours each.
+# trained at once, one thread each. Needs requirements-extra.txt. Runs are shorter than the presets,
+# so that a study takes half an hour: characters a fourth of theirs, ListOps a half, images a fifth
+# to a third. characters_muon, characters_adamw and the Pathfinders have their whole length: hours
+# each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
