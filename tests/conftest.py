@@ -19,6 +19,10 @@ from engine import options  # noqa: E402
 from engine.device import Compute  # noqa: E402
 from lra_archives import archive, cifar, imdb_files, retrieval_files  # noqa: E402
 
+# test_gpu.py is for machines that have one.
+GPU = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else ""
+collect_ignore = [] if GPU else ["test_gpu.py"]
+
 # A run measures the processor for 0.3 s before it trains. Here one product has to do.
 Compute.matmul_peak.__defaults__ = (0.0,)
 
