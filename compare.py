@@ -90,6 +90,8 @@ def main():
     try:
         comparison.execute()
         print(report.write(comparison.folder, comparison.arms, command))
+    except BrokenPipeError:  # `| head` has seen enough
+        raise
     except OSError as e:
         raise UserError(f"cannot write to {e.filename or comparison.folder}: {e.strerror}. "
                         "Type the same command again when that is mended") from None

@@ -139,10 +139,11 @@ def main():
             return
         run.finish(Trainer(config, task, model, compute, run.saved).run(), compute)
         if compute.main:
+            out = config.out_dir
             print(f"""\
-next: python sample.py --out_dir={config.out_dir}        # text from the best checkpoint
-      python plot.py {config.out_dir}                    # figures (requirements-extra.txt)
-      python compare.py train.py --vary precond=False,True   # with and without, over seeds""")
+next: python sample.py --out_dir={out}        # text from the best checkpoint
+      python plot.py {out}                    # figures (requirements-extra.txt)
+      python compare.py train.py {out}/config.toml --vary precond=False,True --seeds=3""")
 
 
 if __name__ == "__main__":

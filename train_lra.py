@@ -259,7 +259,7 @@ def main():
             print(f"""\
 next: python train_lra.py --eval_only --show=5 --out_dir={out}   # predictions
       python plot.py {out}                    # figures (requirements-extra.txt)
-      python compare.py train_lra.py {config.task} --vary precond=False,True --seeds=3""")
+      python compare.py train_lra.py {out}/config.toml --vary precond=False,True --seeds=3""")
 
 
 if __name__ == "__main__":

@@ -155,10 +155,11 @@ def main():
         else:
             run.finish(Trainer(config, task, model, compute, run.saved).run(), compute)
             if compute.main:
+                out = config.out_dir
                 print(f"""\
-next: python train_vision.py --eval_only --show=8 --out_dir={config.out_dir}   # draw predictions
-      python plot.py {config.out_dir}        # figures
-      python compare.py train_vision.py {config.task} --vary precond=False,True --seeds=3""")
+next: python train_vision.py --eval_only --show=8 --out_dir={out}   # draw predictions
+      python plot.py {out}        # figures
+      python compare.py train_vision.py {out}/config.toml --vary precond=False,True --seeds=3""")
         if config.show and compute.main:
             if config.shard:
                 whole = Vision(config, len(task.data.classes))

@@ -407,6 +407,16 @@ def test_a_full_disk(study, tmp_path, monkeypatch):
     assert study("--vary", "precond_power=0,1", "--seeds=2")[0][0] == 0
 
 
+def test_a_reader_that_leaves_is_no_full_disk(monkeypatch):
+    def broken(self):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    monkeypatch.setattr(compare.Comparison, "execute", broken)
+    monkeypatch.setattr(compare.sys, "argv", ["compare.py", "train.py", "--vary",
+                                              "precond=False,True", "--seeds=2"])
+    with pytest.raises(BrokenPipeError):  # which options.run knows
+        compare.main()
+
+
 @pytest.mark.parametrize("name, content, said", [
     ("metrics.jsonl", None, "holds no finished run"),
     ("metrics.jsonl", "", "is no evaluation of this version"),

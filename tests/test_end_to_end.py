@@ -5,12 +5,14 @@ Runs in processes of their own are in test_processes.py.
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 
 import pytest
 import torch
 
+import compare
 import train
 from conftest import ROOT, SMALL, error, read_metrics
 from engine import checkpoint, meter, trainer
@@ -64,6 +66,15 @@ def test_signal_finishes_the_step_saves_and_exits(number, code, corpus, tmp_path
     assert checkpoint.read(stopped / "ckpt.pt")["step"] == 16
     assert call(train, "--init_from=auto", f"--out_dir={stopped}")[0] == 0
     assert read_metrics(stopped) == read_metrics(whole)
+
+
+def test_the_recommended_comparison_is_of_the_same_run(begin, corpus):
+    out = begin("--max_iters=1", "--learning_rate=0.0123", "--precond=True")
+    line = next(line for line in out.splitlines() if "compare.py" in line)
+    comparison = compare.read(shlex.split(line)[2:])
+    off, on = (comparison.parse(arm.words)[0] for arm in comparison.arms)
+    assert (off.precond, on.precond) == (False, True)
+    assert off.learning_rate == 0.0123 and f"--dataset={off.dataset}" in corpus
 
 
 def test_a_run_learns_and_records(begin, again, folder):
