@@ -27,9 +27,8 @@ images() {  # task, steps
 study() {  # name -> the words after compare.py
     case $1 in
     characters_muon_short)
-        words=(train.py --max_iters=375 --eval_interval=125 --warmup_iters=20 "${arms[@]}"
-               "${saturating[@]}" --tune learning_rate=6e-3,1.2e-2,2.4e-2,4.8e-2 --tune_seeds=1
-               --seeds=5) ;;
+        words=(train.py --max_iters=375 --eval_interval=375 --warmup_iters=20 "${arms[@]}"
+               --tune learning_rate=6e-3,1.2e-2 --tune_seeds=1 --seeds=5) ;;
     kappa)  # what moves it: the initialisation, the schedule, the optimizer, or C
         gpt2="init=gpt2 lr_schedule=cosine min_lr=3e-4"
         words=(train.py --max_iters=375 --eval_interval=125 --warmup_iters=20

@@ -18,9 +18,10 @@ def read(path: Path) -> dict:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         pairs = {name: arm["paired"] for name, arm in report["arms"].items() if "paired" in arm}
+        # Reports of before kappa was kept for each run have no points.
         points = {name: [(math.inf if kappa is None else kappa, final)
                          for kappa, final in zip(arm["kappa"], arm["final"]) if final is not None]
-                  for name, arm in report["arms"].items()}
+                  for name, arm in report["arms"].items() if "kappa" in arm}
         return {"metric": METRICS[report["metric"]], "pairs": pairs, "points": points,
                 "first": next(iter(report["arms"]))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -65,7 +66,7 @@ def forest(paths: list[Path]):
 
 
 def conditioning(paths: list[Path]):
-    """A panel for each comparison: the final metric of each run against its kappa.
+    """A panel for each comparison: the final metric of each run against its kappa. None: no panel.
 
     kappa is of the matrices that the trained model used, C A or A: the median over layers. A panel
     says Spearman's rank correlation over all its runs.
@@ -74,6 +75,9 @@ def conditioning(paths: list[Path]):
     from matplotlib.lines import Line2D
     from matplotlib.ticker import NullFormatter
     studies = {path.stem: read(path) for path in paths}
+    studies = {name: study for name, study in studies.items() if study["points"]}
+    if not studies:
+        return None
     arms = list(dict.fromkeys(arm for study in studies.values() for arm in study["points"]))
     colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
     columns = min(3, len(studies))

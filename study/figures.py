@@ -62,7 +62,8 @@ def draw_comparisons(paths: list[Path], out: Path) -> list[Path]:
     """
     with rc_context()(STYLE):
         drawn = {"forest": forest(paths), "conditioning": conditioning(paths)}
-        return write(drawn, out, hash_of(sorted(map(str, paths))))
+        figures = {name: figure for name, figure in drawn.items() if figure is not None}
+        return write(figures, out, hash_of(sorted(map(str, paths))))
 
 
 def rc_context() -> Callable:

@@ -492,6 +492,10 @@ def test_the_final_metric_against_kappa(tmp_path):
     ax, = conditioning([accuracy]).axes
     assert ax.get_title(loc="left").startswith("listops\n4 runs, rank correlation -0.95")
     assert "higher is better" in ax.get_ylabel()
+    del arms["off"]["kappa"], arms["paper"]["kappa"]
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({"metric": "val_accuracy", "arms": arms}))
+    assert conditioning([old]) is None and len(conditioning([old, accuracy]).axes) == 1
     edge, = [line for line in ax.lines if line.get_gid() == "infinite"]
     assert list(edge.get_ydata()) == pytest.approx([10.0])  # percent
     on = [line for line in ax.lines if list(line.get_xdata()) == [50.0, 25.0]]
