@@ -85,17 +85,21 @@ def gradients(model: nn.Module, last: bool):
     return model.no_sync()
 
 
-def whole(value):
+def whole(value, compute: Compute | None = None):
     """A tensor with all its shards; in a dict, list or tuple each of them. Others as they are.
 
-    All processes take part, and each gets the result.
+    All processes take part, and each gets the result. With `compute`, for what is saved, rank 0
+    alone gets it, in its CPU's memory: a GPU that needs shards has no room for all of them.
     """
     if hasattr(value, "full_tensor"):  # a DTensor, a shard with its place in the whole
-        return value.full_tensor()
+        tensor = value.full_tensor()
+        if compute:
+            return tensor.cpu() if compute.main else None
+        return tensor
     if isinstance(value, dict):
-        return {key: whole(part) for key, part in value.items()}
+        return {key: whole(part, compute) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(whole(part) for part in value)
+        return type(value)(whole(part, compute) for part in value)
     return value
 
 

@@ -279,7 +279,8 @@ def open_folder(config, step: int) -> MetricsLog:
 def save_state(trainer):
     """ckpt.pt: the trainer's state, from which it goes on bit for bit."""
     mine = {"random": trainer.compute.random_state(), **trainer.meter.state()}
-    write(trainer, "ckpt.pt", {"optimizer": whole(trainer.optimizer.state_dict()["state"]),
+    state = trainer.optimizer.state_dict()["state"]
+    write(trainer, "ckpt.pt", {"optimizer": whole(state, trainer.compute),
                                "scaler": trainer.scaler.state_dict(),
                                "ranks": trainer.compute.gather(mine),  # of each process
                                "train_seconds": trainer.meter.train_seconds,
@@ -294,7 +295,7 @@ def save_best(trainer):
 
 def write(trainer, name: str, state: dict):
     """A checkpoint file: the model, `state`, and what identifies the run."""
-    state |= {"model": whole(trainer.raw.state_dict()),
+    state |= {"model": whole(trainer.raw.state_dict(), trainer.compute),
               # With overwrite, resuming would lose the run.
               "config": asdict(trainer.config) | {"overwrite": False},
               "task": trainer.task.state(), "step": trainer.step, "best": trainer.best,

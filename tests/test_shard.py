@@ -86,6 +86,28 @@ def test_a_process_holds_its_part_alone(corpus, tmp_path):
     assert max(sizes) < 0.51 * whole
 
 
+@pytest.mark.slow
+def test_what_is_saved_is_gathered_on_rank_0_alone(corpus, tmp_path):
+    held = messages(tmp_path, """
+        from torch.utils._pytree import tree_leaves
+        gather, sizes = run.whole, []
+        def counting(*arguments):
+            result = gather(*arguments)
+            tensors = [part for part in tree_leaves(result) if hasattr(part, "numel")]
+            sizes.append(sum(t.numel() for t in tensors if t.dim()))
+            return result
+        run.whole = counting
+        def saved(self):
+            self.train_step()
+            os.makedirs(self.folder, exist_ok=True)
+            run.save_state(self)
+            raise options.UserError(f"{sum(sizes)} {self.raw.n_parameters()}")
+        trainer.Trainer.run = saved
+    """, *SMALL, *corpus, "--shard=True", "--optimizer=adamw", f"--out_dir={tmp_path / 'out'}")
+    (first, parameters), (second, _) = (map(int, words.split()) for words in held)
+    assert first == 3 * parameters and second == 0
+
+
 def test_one_process_has_nothing_to_split(corpus, tmp_path, call):
     message = error(call(train, *SMALL, *corpus, "--shard=True", f"--out_dir={tmp_path}"))
     assert "start them with torchrun, or use --shard=False" in message
