@@ -15,7 +15,7 @@ from precond import calls_done, head_scale, note, scale_rows
 ATTENTION = re.compile(r"att(n|ention|ending)|xca", re.IGNORECASE)  # in a class's or module's name
 PROJECTIONS = ("o", "o_proj", "out_proj", "output_proj", "c_proj", "proj", "proj_out", "to_out",
                "out_lin", "out_project", "wo", "post_proj", "projection", "output", "dense",
-               "last_layer", "fc_out", "fc_o", "out")
+               "last_layer", "fc_out", "fc_o", "out", "attention_out")
 LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Sequential")  # ends of a projection's class name
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhead", "num_head")
 WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "dim_per_head")
@@ -34,7 +34,8 @@ class Wrapped(AbstractContextManager):
         self.kind = type(model).__name__
         self.attached: dict[str, int] = {}
         self.left: list[str] = []
-        self.unused: set[str] = set()  # projections that no forward pass has called yet
+        # Projections that no forward pass has called yet, and whether their attention ran.
+        self.unused: dict[str, bool] = {}
         self.hooks = []
 
     def remove(self):
@@ -52,9 +53,10 @@ class Wrapped(AbstractContextManager):
         return f"{self.kind}, preconditioned before{heads}{left}"
 
     def all_used(self, *_):
-        if self.unused:
+        # Attention that did not run is no mistake: a cross-attention without a second input.
+        if unused := [name for name, ran in self.unused.items() if ran]:
             raise RuntimeError(
-                f"{self.kind} did not call {', '.join(sorted(self.unused))} in its forward pass: C "
+                f"{self.kind} did not call {', '.join(unused)} in its forward pass: C "
                 "cannot act there (nn.MultiheadAttention and some others use the weight alone). "
                 "Leave it out by a pattern of your own")
 
@@ -70,8 +72,8 @@ def wrap(model: nn.Module, pattern: str | None = None, heads: int | None = None,
     Without a pattern (a regular expression for the names of modules) the projections are found by
     their names and their parents', the head counts by the parents' attributes. ValueError where
     nothing is found, a head count is unknown or does not divide the width, or the model is already
-    compiled: compile it afterwards. RuntimeError in a forward pass after which a projection has
-    never been called, or where another way has already preconditioned its input.
+    compiled: compile it afterwards. RuntimeError in a forward pass whose attention never called its
+    projection, or where another way has already preconditioned its input.
     """
     head_scale(scale, 1)
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None):
@@ -106,7 +108,7 @@ def wrap(model: nn.Module, pattern: str | None = None, heads: int | None = None,
                          "for their names, and heads")
     for name in found:  # now that nothing more is refused
         attach(handle, name, modules, attention_of(name, modules), (grad, eps, power, scale))
-    handle.unused = set(found)
+    handle.unused = dict.fromkeys(found, False)
     handle.hooks.append(model.register_forward_hook(handle.all_used))
     return handle
 
@@ -119,11 +121,13 @@ def attach(handle: Wrapped, name: str, modules: dict, owner: str, options: tuple
     started = []  # how many calls were preconditioned when the attention began
 
     def start(*_):
+        if name in handle.unused:
+            handle.unused[name] = True
         if not torch.compiler.is_compiling():  # a count would be a reason to compile again
             started[:] = [calls_done()]
 
     def precondition_heads(_, args):
-        handle.unused.discard(name)
+        handle.unused.pop(name, None)
         x = args[0]
         if not channels_last:
             x = x.movedim(1, -1)

@@ -132,6 +132,16 @@ def test_a_projection_that_is_not_called_is_an_error():
         precond.wrap(layer)
 
 
+def test_attention_that_does_not_run_is_no_error():
+    """As BLIP's cross-attention without an image."""
+    net = model()
+    net.spare_attention = Attention()
+    with precond.wrap(net) as handle:
+        assert "spare_attention.proj" in handle.attached and precond.check(net, X) == 2
+        net.blocks.append(net.spare_attention)
+        assert precond.check(net, X) == 3
+
+
 def test_twice_is_an_error():
     net = model(dict(sdpa=True), {})
     with precond.wrap(net):
