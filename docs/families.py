@@ -5,8 +5,13 @@
 For every family and way it asks for three things: with power 0 the model's own output to the bit,
 finite gradients with C, and `precond.check` without a warning.
 """
+import enum
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import os
 import sys
+import types
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,8 +45,12 @@ def text(*shape):
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(1))
 
 
+def noise(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
 def image(size=32):
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    return noise(2, 3, size, size)
 
 
 def transformers_families() -> dict:
@@ -135,13 +144,45 @@ def transformers_families() -> dict:
 
 def make_transformers(family: str, way: str, power: float | None):
     """(model in evaluation mode, arguments, inputs); power None: without C."""
-    cls, config, inputs = transformers_families()[family]
+    return make_small(*transformers_families()[family], way, power)
+
+
+def make_small(cls, config, inputs: dict, way: str, power: float | None):
     implementation = None  # the model's own choice: SDPA where it has it
     if way == WAYS[0] and power is not None:
         implementation = "preconditioned"
         precond.register_transformers(implementation, power=power)
     torch.manual_seed(0)
     return cls._from_config(config(), attn_implementation=implementation).eval(), (), inputs
+
+
+class Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Empty classes for whatever timm imports of torchvision: its models use none of them."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torchvision" and "timm" in sys.modules:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = self.invent
+        return module
+
+    def exec_module(self, module):
+        pass
+
+    def invent(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name == "InterpolationMode":
+            return enum.Enum(name, "NEAREST BILINEAR BICUBIC BOX HAMMING LANCZOS")
+        return type(name, (torch.nn.Module,), {})
+
+
+def without_torchvision():
+    """timm needs torchvision for its data alone: make do where it is not installed."""
+    if importlib.util.find_spec("torchvision") is None:
+        sys.meta_path.insert(0, Torchvision())
 
 
 def make_timm(family: str, way: str, power: float | None):
@@ -226,11 +267,11 @@ def main():
              "are finite, and `check` found the n attentions all reached. \"channels\": rows are",
              "channels, so C is another method there.", ""]
     lines += table("Hugging Face transformers", make_transformers, transformers_families(), WAYS)
-    try:
-        import timm
-    except ImportError:
+    if importlib.util.find_spec("timm") is None:
         print("timm is not installed: its table is left out", file=sys.stderr)
     else:
+        without_torchvision()
+        import timm
         lines += table(f"timm {timm.__version__}", make_timm, TIMM, WAYS[1:])
     print("\n".join(lines).rstrip())
 

@@ -1,10 +1,6 @@
 """wrap and the other ways on small random models of transformers and timm, as docs/families.py."""
-import enum
-import importlib.abc
-import importlib.machinery
 import importlib.util
 import sys
-import types
 
 import pytest
 import torch
@@ -57,40 +53,16 @@ def test_models_with_a_table_of_classes_say_what_to_do(family, instead):
         families.make_transformers(family, families.WAYS[0], 1.0)
 
 
-class Torchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Empty classes for whatever timm imports of torchvision: its models use none of them."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "torchvision" and "timm" in sys.modules:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec):
-        module = types.ModuleType(spec.name)
-        module.__getattr__ = self.invent
-        return module
-
-    def exec_module(self, module):
-        pass
-
-    def invent(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        if name == "InterpolationMode":
-            return enum.Enum(name, "NEAREST BILINEAR BICUBIC BOX HAMMING LANCZOS")
-        return type(name, (torch.nn.Module,), {})
-
-
 @pytest.fixture(scope="module")
 def timm():
     if importlib.util.find_spec("timm") is None:
         pytest.skip("pip install --no-deps timm")
-    finder = Torchvision()
-    if importlib.util.find_spec("torchvision") is None:
-        sys.meta_path.insert(0, finder)
+    found_before = list(sys.meta_path)
+    families.without_torchvision()
     import timm
     yield timm
-    if finder in sys.meta_path:
-        sys.meta_path.remove(finder)
+    if sys.meta_path != found_before:
+        sys.meta_path[:] = found_before
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
 
