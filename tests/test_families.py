@@ -1,6 +1,9 @@
 """wrap and the other ways on small random models of transformers and timm, as docs/families.py."""
+import importlib
 import importlib.util
+import os
 import sys
+import time
 
 import pytest
 import torch
@@ -51,6 +54,34 @@ def test_models_with_a_table_of_classes_say_what_to_do(family, instead):
     """They ended in KeyError: 'preconditioned'."""
     with pytest.raises(ValueError, match=f"looks its attention up by name.*{instead}"):
         families.make_transformers(family, families.WAYS[0], 1.0)
+
+
+@pytest.fixture
+def every(monkeypatch):
+    """docs/families_all.py, which imports families.py as the file beside it."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    return importlib.import_module("families_all")
+
+
+@pytest.mark.parametrize("kind, way", [("bert", families.WAYS[0]), ("bloom", "wrap")])
+def test_a_type_is_made_small_and_reached(every, kind, way):
+    assert every.transformers_type(kind)["result"] == way
+
+
+def test_small_widths_fit(every):
+    """Heads keep their number, half a head its three parts of positions, lists their layers."""
+    import transformers
+    config = every.small_config(transformers.Glm4vConfig(), 16, 2).text_config
+    assert (config.hidden_size, config.num_attention_heads) == (256, 32)
+    assert config.num_hidden_layers == 2
+    assert sum(config.rope_parameters["mrope_section"]) == 4
+
+
+def test_a_model_that_takes_too_long_or_dies_is_not_run(every, monkeypatch):
+    assert every.in_a_child(os._exit, 1) == dict(result="not run", why="its process died")
+    assert every.in_a_child(int, "x")["why"].startswith("ValueError: invalid literal")
+    monkeypatch.setattr(every, "LIMIT", 0.5)
+    assert every.in_a_child(time.sleep, 60) == dict(result="not run", why="not done after 0.5 s")
 
 
 @pytest.fixture(scope="module")
