@@ -185,12 +185,12 @@ def without_torchvision():
         sys.meta_path.insert(0, Torchvision())
 
 
-def make_timm(family: str, way: str, power: float | None):
+def make_timm(family: str, way: str, power: float | None, **options):
     import timm
     timm.layers.set_fused_attn(way == "precondition_sdpa", experimental=True)
     torch.manual_seed(0)
     size = timm.get_pretrained_cfg(family).input_size[-1]
-    return timm.create_model(family, num_classes=3).eval(), (image(size)[:1],), {}
+    return timm.create_model(family, num_classes=3, **options).eval(), (image(size)[:1],), {}
 
 
 def preconditioned(way: str, model, power: float):

@@ -14,6 +14,7 @@ import re
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import families
@@ -197,17 +198,22 @@ def transformers_type(kind: str) -> dict:
             runs = True
             if attentions.seen:
                 return ways(families.WAYS, lambda _, way, power, inputs=inputs, config=config: (
-                    families.make_small(cls, config, inputs, way, power)), inputs)
+                    families.make_small(cls, config, inputs, way, power)), kind, inputs)
     return dict(result="no attention" if runs else "not run", why=why)
 
 
 def timm_model(model: str) -> dict:
-    made, args, _ = families.make_timm(model, "wrap", None)
+    make = partial(families.make_timm, depth=2)
+    try:
+        made, args, _ = make(model, "wrap", None)
+    except TypeError:  # not every model has that option
+        make = families.make_timm
+        made, args, _ = make(model, "wrap", None)
     with torch.no_grad(), Attentions() as attentions:
         made(*args)
     if not attentions.seen:
         return dict(result="no attention")
-    return ways(families.WAYS[1:], families.make_timm, ())
+    return ways(families.WAYS[1:], make, model, ())
 
 
 def smallness(model: str) -> tuple:
@@ -222,12 +228,12 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:150]}"
 
 
-def ways(names, make, inputs) -> dict:
+def ways(names, make, model: str, inputs) -> dict:
     """The first way that reaches all, or what each one says."""
     answers = {}
     for way in names:
         try:
-            answers[way] = families.attempt(make, "", way)
+            answers[way] = families.attempt(make, model, way)
         except ERRORS as error:
             answers[way] = f"no: {said(error)}"
         if answers[way].startswith("all"):

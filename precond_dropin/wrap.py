@@ -20,7 +20,9 @@ LAYERS = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Sequential")  # ends of a pro
 HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhead", "num_head")
 WIDTHS = ("head_dim", "attention_head_size", "head_size", "dim_head", "dim_per_head")
 OTHER_PLACES = {  # classes whose heads do not enter the projection as they are: where they enter
-    "LevitAttention": "activation", "LevitAttentionSubsample": "activation"}
+    "LevitAttention": "activation", "LevitAttentionSubsample": "activation",
+    "Attention2d": "act", "Attention2dDownsample": "act",  # EfficientFormerV2
+    "BottleneckAttn": "pool", "HaloAttn": "pool"}  # without a projection
 REFUSED = {
     "OutlookAttention": "its heads are folded over neighbouring tokens before the projection",
     "CascadedGroupAttention": "each head's output enters the next head",
@@ -115,7 +117,10 @@ def wrap(model: nn.Module, pattern: str | None = None, heads: int | None = None,
 
 def attach(handle: Wrapped, name: str, modules: dict, owner: str, options: tuple):
     module, n_head = modules[name], handle.attached[name]
-    channels_last = not isinstance(first_layer(module), nn.Conv1d | nn.Conv2d)
+    layer = first_layer(module)
+    if not hasattr(layer, "weight"):  # an activation
+        layer = first_layer(modules[owner])
+    channels_last = not isinstance(layer, nn.Conv1d | nn.Conv2d)
     # NesT writes the features of a head apart, (D, n_head), not (n_head, D).
     apart = type(modules[owner]).__module__ == "timm.models.nest"
     started = []  # how many calls were preconditioned when the attention began

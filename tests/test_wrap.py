@@ -101,6 +101,26 @@ def test_wrap_of_a_convolution():
     torch.testing.assert_close(calls[0][1].norm(dim=-1), torch.ones(2, HEADS, 15))
 
 
+def test_wrap_before_what_has_no_weight():
+    """BoTNet's attention ends in a pooling; its channels come first, as in the layers before."""
+    torch.manual_seed(0)
+
+    class BottleneckAttn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads = HEADS
+            self.qkv, self.pool = nn.Conv2d(WIDTH, WIDTH, 1), nn.Identity()
+
+        def forward(self, x):
+            return self.pool(self.qkv(x))
+
+    net = nn.Sequential(BottleneckAttn())
+    image = torch.randn(2, WIDTH, 3, 5)
+    expected = F.normalize(net(image).unflatten(1, (HEADS, -1)), dim=2).flatten(1, 2)
+    with precond.wrap(net):
+        torch.testing.assert_close(net(image), expected)
+
+
 def test_what_wrap_refuses():
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="no output projection was found in Linear"):
