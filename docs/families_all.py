@@ -206,7 +206,7 @@ def timm_model(model: str) -> dict:
     make = partial(families.make_timm, depth=2)
     try:
         made, args, _ = make(model, "wrap", None)
-    except TypeError:  # not every model has that option
+    except (AssertionError, TypeError, ValueError):  # not every model has it so
         make = families.make_timm
         made, args, _ = make(model, "wrap", None)
     with torch.no_grad(), Attentions() as attentions:
