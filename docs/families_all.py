@@ -15,6 +15,7 @@ import resource
 import sys
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import families
@@ -320,7 +321,12 @@ def main():
                 with path.open("a") as file:
                     file.write(json.dumps(done[library, name]) + "\n")
         lines += section(library, {name: done[library, name] for name in names})
-    print("\n".join(["# Which types are reached", ""] + lines).rstrip())
+    versions = " and ".join(f"{name} {version(name)}" for name in ("transformers", "timm"))
+    begin = ["# Which types are reached", "",
+             f"Written by `docs/families_all.py` with {versions}: types of transformers",
+             "that can be made small and random, and a model of each family of timm. What is not",
+             "reached is followed by what `precond.wrap` says.", ""]
+    print("\n".join(begin + lines).rstrip())
 
 
 if __name__ == "__main__":
