@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import train
+import train_lra
+import train_vision
 from conftest import SMALL, error, killer, launch, messages, read_metrics, torchrun
 from engine import checkpoint
 from engine.options import UserError
@@ -19,17 +21,18 @@ def losses(folder) -> dict[int, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_each_kind_of_run_goes_on_from_the_others(optimizer, corpus, tmp_path):
-    one, turns = tmp_path / "one", tmp_path / "turns"
-    run = [*RUN, *corpus, f"--optimizer={optimizer}", "--eval_interval=20", "--lr_decay_iters=100"]
-    launch(1, "train.py", *run, "--max_iters=100", f"--out_dir={one}")
-    torchrun(2, "train.py", *run, "--max_iters=40", "--shard=True", f"--out_dir={turns}")
-    for steps, processes, shard in (60, 2, False), (80, 1, False), (100, 2, True):
-        launch(processes, "train.py", "--init_from=resume", f"--max_iters={steps}",
-               f"--shard={shard}", f"--out_dir={turns}")
-    assert losses(turns) == pytest.approx(losses(one), abs=1e-5)
-    a, b = (read_metrics(folder) for folder in (one, turns))
+@pytest.mark.parametrize("optimizer, turns", [  # (processes, --shard) of a part of the run
+    ("adamw", [(2, True), (2, False), (1, False), (2, True)]), ("muon", [(2, True), (1, False)])])
+def test_each_kind_of_run_goes_on_from_the_others(optimizer, turns, corpus, tmp_path, call):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run = [*RUN, *corpus, f"--optimizer={optimizer}", "--eval_interval=25", "--lr_decay_iters=100"]
+    assert call(train, *run, f"--max_iters={25 * len(turns)}", f"--out_dir={whole}")[0] == 0
+    for i, (processes, shard) in enumerate(turns):
+        begin = ["--init_from=resume"] if i else run
+        launch(processes, "train.py", *begin, f"--max_iters={25 * (i + 1)}", f"--shard={shard}",
+               f"--out_dir={parts}")
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
+    a, b = (read_metrics(folder) for folder in (whole, parts))
     assert b[0]["kappa_before"] == pytest.approx(a[0]["kappa_before"], rel=1e-3)
     a, b = a[-1], b[-1]
     assert b["precond_power"] == pytest.approx(a["precond_power"], abs=1e-4)
@@ -51,61 +54,50 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [
+@pytest.mark.parametrize("module, words", [
     # 21 samples in batches of 4: the second process has one batch less to evaluate.
-    ["train_lra.py", "listops", "--n_train=60", "--n_val=21", "--n_test=21", "--batch_size=4"],
+    (train_lra, ["listops", "--n_train=60", "--n_val=21", "--n_test=21", "--batch_size=4"]),
     # A parameter without elements, and layers beside the blocks.
-    ["train_vision.py", "segment", "--n_val=5", "--batch_size=2", "--n_layer=2", "--n_embd=16",
-     "--n_head=2", "--image_size=32"],
+    (train_vision, ["segment", "--n_val=5", "--batch_size=2", "--n_layer=2", "--n_embd=16",
+                    "--n_head=2", "--image_size=32"]),
 ], ids=["listops", "segment"])
-def test_other_tasks(command, prepared, tmp_path):
-    run = [*command, prepared, "--max_iters=3", "--eval_interval=3"]
-    launch(1, *run, f"--out_dir={tmp_path / 'one'}")
-    done = torchrun(2, *run, "--shard=True", "--show=1", f"--out_dir={tmp_path / 'two'}")
+def test_other_tasks(module, words, prepared, tmp_path, call):
+    run = [*words, prepared, "--max_iters=3", "--eval_interval=3"]
+    assert call(module, *run, f"--out_dir={tmp_path / 'one'}")[0] == 0
+    done = torchrun(2, f"{module.__name__}.py", *run, "--shard=True", "--show=1",
+                    f"--out_dir={tmp_path / 'two'}")
     one, two = (losses(tmp_path / name) for name in ("one", "two"))
     # Segmentation divides by the objects of a part: how a batch is split matters a little.
-    assert two == pytest.approx(one, rel=0.02 if "segment" in command else 1e-5)
+    assert two == pytest.approx(one, rel=0.02 if module is train_vision else 1e-5)
     assert one[3] != one[0]
     assert "predicted" in done.stdout or "val_0.png" in done.stdout
 
 
 @pytest.mark.slow
-def test_a_process_holds_its_part_alone(corpus, tmp_path):
-    held = messages(tmp_path, """
-        def run(self):
-            self.train_step()
-            state = [s for part in self.optimizer.state.values() for s in part.values()]
-            tensors = [*self.raw.parameters(), *(s for s in state if s.dim())]
-            mine = sum(t.to_local().numel() for t in tensors)
-            raise options.UserError(f"{mine} {self.raw.n_parameters()}")
-        trainer.Trainer.run = run
-    """, *SMALL, *corpus, "--shard=True", "--optimizer=adamw")
-    sizes = [int(words.split()[0]) for words in held]
-    whole = 3 * int(held[0].split()[1])  # with both of AdamW's moments
-    assert sum(sizes) == whole
-    assert max(sizes) < 0.51 * whole
-
-
-@pytest.mark.slow
-def test_what_is_saved_is_gathered_on_rank_0_alone(corpus, tmp_path):
-    held = messages(tmp_path, """
+def test_a_process_holds_its_part_and_rank_0_alone_gathers_what_is_saved(corpus, tmp_path):
+    said = messages(tmp_path, """
         from torch.utils._pytree import tree_leaves
-        gather, sizes = run.whole, []
+        gather, gathered = run.whole, []
         def counting(*arguments):
             result = gather(*arguments)
             tensors = [part for part in tree_leaves(result) if hasattr(part, "numel")]
-            sizes.append(sum(t.numel() for t in tensors if t.dim()))
+            gathered.append(sum(t.numel() for t in tensors if t.dim()))
             return result
         run.whole = counting
-        def saved(self):
+        def save(self):
             self.train_step()
+            state = [s for part in self.optimizer.state.values() for s in part.values()]
+            tensors = [*self.raw.parameters(), *(s for s in state if s.dim())]
+            held = sum(t.to_local().numel() for t in tensors)
             os.makedirs(self.folder, exist_ok=True)
             run.save_state(self)
-            raise options.UserError(f"{sum(sizes)} {self.raw.n_parameters()}")
-        trainer.Trainer.run = saved
+            raise options.UserError(f"{held} {sum(gathered)} {self.raw.n_parameters()}")
+        trainer.Trainer.run = save
     """, *SMALL, *corpus, "--shard=True", "--optimizer=adamw", f"--out_dir={tmp_path / 'out'}")
-    (first, parameters), (second, _) = (map(int, words.split()) for words in held)
-    assert first == 3 * parameters and second == 0
+    (held, gathered, parameters), (other, nothing, _) = (map(int, words.split()) for words in said)
+    whole = 3 * parameters  # with both of AdamW's moments
+    assert held + other == whole and max(held, other) < 0.51 * whole
+    assert (gathered, nothing) == (whole, 0)
 
 
 def test_one_process_has_nothing_to_split(corpus, tmp_path, call):
