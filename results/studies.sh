@@ -7,7 +7,7 @@
 # A finished study leaves its compare.json and compare.md here, under its name. JOBS=2 runs are
 # trained at once, one thread each. Needs requirements-extra.txt. Runs are shorter than the presets,
 # so that a study takes half an hour: characters a fourth of theirs, ListOps a half, images a tenth
-# to a sixth. characters_muon, characters_adamw and the Pathfinders have their whole length: hours
+# to a third. characters_muon, characters_adamw and the Pathfinders have their whole length: hours
 # each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -54,8 +54,8 @@ study() {  # name -> the words after compare.py
         words=(train_lra.py pathfinder --attention="${1#pathfinder_}" "${arms[@]}"
                --tune learning_rate=2.5e-4,5e-4,1e-3,2e-3 --seeds=5) ;;
     classify) images classify 500 ;;
-    detect) images detect 750 ;;
-    segment) images segment 500 ;;
+    detect) images detect 1500 ;;
+    segment) images segment 600 ;;
     *)
         echo "no study $1" >&2
         exit 2 ;;

@@ -79,12 +79,13 @@ def conditioning(paths: list[Path]):
     if not studies:
         return None
     arms = list(dict.fromkeys(arm for study in studies.values() for arm in study["points"]))
-    colours = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)}
+    looks = {arm: {"color": COLOURS[i % len(COLOURS)], "marker": "osDv"[i // len(COLOURS) % 4]}
+             for i, arm in enumerate(arms)}
     columns = min(3, len(studies))
     rows = math.ceil(len(studies) / columns)
     figure = Figure(figsize=(0.6 + 3.4 * columns, 1.2 + 2.4 * rows), layout="constrained")
     figure.suptitle("Each run's final metric against the condition number of its head outputs as "
-                    "used,\nthe median over layers", fontsize=9)
+                    "used,\nthe median over layers. Triangles at the edge: infinite", fontsize=9)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for ax in axes[len(studies):]:
         ax.remove()
@@ -95,9 +96,9 @@ def conditioning(paths: list[Path]):
         for arm, points in study["points"].items():
             finite = [(k, metric.scale * final) for k, final in points if math.isfinite(k)]
             infinite = [metric.scale * final for k, final in points if math.isinf(k)]
-            ax.plot(*zip(*finite) if finite else ([], []), "o", color=colours[arm])
+            ax.plot(*zip(*finite) if finite else ([], []), linestyle="", **looks[arm])
             if infinite:  # more than half of the matrices are rank-deficient: at the right edge
-                ax.plot([1.0] * len(infinite), infinite, INFINITE, color=colours[arm],
+                ax.plot([1.0] * len(infinite), infinite, INFINITE, color=looks[arm]["color"],
                         clip_on=False, transform=ax.get_yaxis_transform(), gid="infinite")
         kappas, finals = zip(*(point for points in study["points"].values() for point in points))
         rank = stats.scipy_stats().spearmanr(kappas, finals)
@@ -105,7 +106,6 @@ def conditioning(paths: list[Path]):
                      f"(p {rank.pvalue:.2g})", loc="left")
         ax.set_ylabel(f"{metric.label} ({metric.better} is better)")
         ax.set_xlabel("kappa")
-    marks = [Line2D([], [], color=colours[arm], marker="o", linestyle="", label=arm)
-             for arm in arms]
+    marks = [Line2D([], [], linestyle="", label=arm, **looks[arm]) for arm in arms]
     figure.legend(handles=marks, ncols=min(len(marks), 2 * columns), loc="outside lower center")
     return figure
