@@ -32,8 +32,7 @@ def copies(model: nn.Module, compute: Compute) -> nn.Module:
     if not compute.ddp:
         return model
     devices = [compute.device] if compute.device.type == "cuda" else None
-    # Buffers are constants here. Broadcasting them would wait for every process in each forward
-    # pass, and in an evaluation a process may have no batch left.
+    # Buffers are constants here: nothing to send in each forward pass.
     # A depthwise filter's gradient has other strides than its bucket: nothing to speak of.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     # Gradients as views of the buckets that travel: one copy less of them in memory.
