@@ -32,7 +32,7 @@ TEN = ["--max_iters=10", "--eval_interval=10", "--eval_iters=2", "--batch_size=4
 TEXT = ["train.py", f"--dataset={ROOT / 'README.md'}", "--n_layer=2", "--n_head=2", "--n_embd=32",
         *TEN]
 LISTOPS = ["train_lra.py", "listops", "--n_train=200", "--n_val=20", "--n_test=20", *TEN]
-IMAGES = ["train_vision.py", "--n_val=8", *TEN]
+IMAGES = ["--n_val=8", *TEN]
 LIMIT = 600  # seconds for one line
 
 
@@ -92,15 +92,15 @@ def checks(device: str) -> Iterator[tuple[str, list[str]]]:
         yield "compiled", [*TEXT, "--compile"]
     except UserError as e:
         print(f"  not compiled: {e}")
-    count = max(2, torch.cuda.device_count()) if device != "mps" else 1
-    if device == "cpu" or torch.cuda.device_count() > 1:
+    count = {"cpu": 2, "cuda": torch.cuda.device_count()}.get(device, 1)
+    if count > 1:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
         wide = [*launch, *TEXT, f"--batch_size={4 * count}"]
         yield f"{count} processes", wide
         yield f"{count} processes, sharded", [*wide, "--shard=True"]
     yield "ListOps, nystrom", [*LISTOPS, "--attention=nystrom"]
     for task in "classify", "detect", "segment":
-        yield f"images, {task}", [*IMAGES[:1], task, *IMAGES[1:]]
+        yield f"images, {task}", ["train_vision.py", task, *IMAGES]
 
 
 def attempt(command: list[str], device: str, folder: Path) -> tuple[bool, str]:
@@ -113,9 +113,9 @@ def attempt(command: list[str], device: str, folder: Path) -> tuple[bool, str]:
                               timeout=LIMIT)
     except subprocess.TimeoutExpired:
         return False, f"no end after {LIMIT} seconds"
-    lines = done.stdout.splitlines()
     if done.returncode == 0:
-        return True, next(line for line in reversed(lines) if line.startswith("step "))
+        steps = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+        return True, steps[-1]
     # The script's own line; torchrun and tracebacks print more after it and before.
     lines = done.stderr.splitlines()
     own = [line for line in lines if ".py: error: " in line]

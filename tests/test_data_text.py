@@ -147,7 +147,8 @@ def test_text_is_split_at_nine_tenths_and_pieces_change_nothing(tmp_path, monkey
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_pieces_of_awkward_texts_have_the_tokens_of_the_whole(tmp_path, monkeypatch, gpt2, chunk):
     monkeypatch.setattr(text, "CHUNK", chunk)
-    texts = [" " * 501, "\n" * 501, "a" * 501, "a\n" * 250, "\t \n" * 200, "日本" * 150, "a1," * 99]
+    texts = [" " * 501, "\n" * 501, "a" * 501, "a\n" * 250, "\t \n" * 200, "日本" * 150,
+             "a1," * 99]
     draw = random.Random(chunk)
     for alphabet in (" \n\t\raB'1.é日", " \na", "  \n\n\x1c\xa0\u2003!", "a'sll1 "):
         texts += ["".join(draw.choices(alphabet, k=300)) for _ in range(20)]
