@@ -225,7 +225,7 @@ def smallness(model: str) -> tuple:
 
 
 def said(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = re.sub(r"'/\S*/site-packages/", "'", " ".join(str(error).split()))
     return f"{type(error).__name__}: {text[:150]}"
 
 
