@@ -9,7 +9,7 @@ from study import stats
 from study.canvas import COLOURS, INFINITE
 
 
-def read(path: Path) -> dict:
+def read_comparison(path: Path) -> dict:
     """compare.json -> its metric, its first arm, {arm: the difference to the first} as pairs, and
     {arm: [(kappa, final metric) of each run]}.
 
@@ -28,13 +28,12 @@ def read(path: Path) -> dict:
         raise UserError(f"{path} is no compare.json of this version ({e!r})") from None
 
 
-def forest(paths: list[Path]):
-    """A row for each arm of each comparison: its mean difference and 95% interval.
+def forest(studies: dict[str, dict]):
+    """Of what `read_comparison` gives, a row for each arm: its mean difference and 95% interval.
 
     Right of 0 is better, whatever the metric: where lower is better the axis runs to the left.
     """
     from matplotlib.figure import Figure
-    studies = {path.stem: read(path) for path in paths}
     if empty := [name for name, study in studies.items() if not study["pairs"]]:
         raise UserError(f"{', '.join(empty)}: no arm could be paired with the first")
     heights = [len(study["pairs"]) + 1.5 for study in studies.values()]
@@ -65,7 +64,7 @@ def forest(paths: list[Path]):
     return figure
 
 
-def conditioning(paths: list[Path]):
+def conditioning(studies: dict[str, dict]):
     """A panel for each comparison: the final metric of each run against its kappa. None: no panel.
 
     kappa is of the matrices that the trained model used, C A or A: the median over layers. A panel
@@ -74,7 +73,6 @@ def conditioning(paths: list[Path]):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import NullFormatter
-    studies = {path.stem: read(path) for path in paths}
     studies = {name: study for name, study in studies.items() if study["points"]}
     if not studies:
         return None

@@ -9,7 +9,7 @@ from engine.metrics import METRICS
 from engine.options import DATA, DataError, UserError, marked
 from study import stats
 from study.canvas import COLOURS, DARK, INFINITE, LETTER, STYLE, canvas, focus, key, line
-from study.comparisons import conditioning, forest
+from study.comparisons import conditioning, forest, read_comparison
 from study.fingerprint import hash_of
 from study.runs import Groups, Run, script_of, series
 from study.spectra import spectra
@@ -61,7 +61,8 @@ def draw_comparisons(paths: list[Path], out: Path) -> list[Path]:
     Raises UserError.
     """
     with rc_context()(STYLE):
-        drawn = {"forest": forest(paths), "conditioning": conditioning(paths)}
+        studies = {path.stem: read_comparison(path) for path in paths}
+        drawn = {"forest": forest(studies), "conditioning": conditioning(studies)}
         figures = {name: figure for name, figure in drawn.items() if figure is not None}
         return write(figures, out, hash_of(sorted(map(str, paths))))
 

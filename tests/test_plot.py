@@ -22,7 +22,7 @@ from conftest import SMALL, error
 from engine.options import DataError, UserError
 from precond import record
 from study import figures, spectra, stats
-from study.comparisons import conditioning, forest
+from study.comparisons import conditioning, forest, read_comparison
 from study.runs import Run, group
 
 ARMS = {"off": ["--precond=False"], "on": ["--precond=True"]}
@@ -390,7 +390,7 @@ def test_the_forest_has_every_difference_and_better_is_right(tmp_path, call):
     loss = report(tmp_path / "characters.json", "val_loss", paper=(0.07, -0.01, 0.15),
                   half=(-0.02, None, None))
     accuracy = report(tmp_path / "listops.json", "val_accuracy", paper=(-0.02, -0.06, 0.02))
-    figure = forest([loss, accuracy])
+    figure = forest({"characters": read_comparison(loss), "listops": read_comparison(accuracy)})
     one, two = figure.axes
     assert [tick.get_text() for tick in one.get_yticklabels()] == ["paper (5 seeds)",
                                                                    "half (5 seeds)"]
@@ -489,13 +489,15 @@ def test_the_final_metric_against_kappa(tmp_path):
     arms = json.loads(accuracy.read_text())["arms"]
     arms["off"]["kappa"][0] = None  # infinite: the highest, with the lowest accuracy
     accuracy.write_text(json.dumps({"metric": "val_accuracy", "arms": arms}))
-    ax, = conditioning([accuracy]).axes
+    ax, = conditioning({"listops": read_comparison(accuracy)}).axes
     assert ax.get_title(loc="left").startswith("listops\n4 runs, rank correlation -0.95")
     assert "higher is better" in ax.get_ylabel()
     del arms["off"]["kappa"], arms["paper"]["kappa"]
     old = tmp_path / "old.json"
     old.write_text(json.dumps({"metric": "val_accuracy", "arms": arms}))
-    assert conditioning([old]) is None and len(conditioning([old, accuracy]).axes) == 1
+    old, new = read_comparison(old), read_comparison(accuracy)
+    assert conditioning({"old": old}) is None
+    assert len(conditioning({"old": old, "listops": new}).axes) == 1
     edge, = [line for line in ax.lines if line.get_gid() == "infinite"]
     assert list(edge.get_ydata()) == pytest.approx([10.0])  # percent
     on = [line for line in ax.lines if list(line.get_xdata()) == [50.0, 25.0]]
