@@ -13,7 +13,6 @@ ROWS = 1024  # tokens whose logits exist at one time: enough for full speed of t
 SLICE = 32  # of them in the softmax at one time: 32 x 50,257 fp32 values, 6 MB, stay in the cache
 
 
-@torch.compiler.disable  # compiled code would unroll the loop over chunks
 def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
               rows: int = ROWS) -> torch.Tensor:
     """F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1), the mean in nats.
@@ -34,7 +33,10 @@ def head_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-    return _HeadLoss.apply(x, weight, targets, dtype, rows, torch.is_grad_enabled())
+    # Compiled code would unroll the loop over chunks. As a decorator this would load the compiler,
+    # half of a command's start.
+    apply = torch.compiler.disable(_HeadLoss.apply)
+    return apply(x, weight, targets, dtype, rows, torch.is_grad_enabled())
 
 
 class _HeadLoss(torch.autograd.Function):

@@ -80,6 +80,13 @@ def released(tmp_path_factory):
             for task, content in files.items()}
 
 
+def teach(module, *arguments):
+    """Run a script's main in this process, once for several tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        module.main()
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """call(module, *arguments) runs a script's main as the command line would.

@@ -177,6 +177,7 @@ def test_a_grid_is_also_compared_within_the_first_option(study):
     assert study("--vary", "precond_power=0,1", "--seeds=2")[1]["within"] == {}
 
 
+@pytest.mark.slow
 def test_advice_repeats_the_options(study, tmp_path):
     (code, out, _), _ = study("--vary", "precond_power=0,1", "--arm", "half: precond_power=0.5",
                               "--jobs=2", "--seeds=2")
@@ -207,6 +208,7 @@ def test_higher_accuracy_is_better(study, fake):
     assert chosen == {"precond_power=0": "10", "precond_power=1": "1e-06"}
 
 
+@pytest.mark.slow
 def test_differences_without_a_spread_are_not_tested(study):
     """The rate adds 1 to all losses where it is 1.001."""
     vary = ["--vary", "learning_rate=1e-3,1.001", "--seeds=2"]
@@ -392,6 +394,7 @@ def test_a_signal_lets_the_runs_save(number, code, study, tmp_path, monkeypatch)
     assert "--init_from=auto" in (folders(tmp_path / "out")[2] / "started.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_full_disk(study, tmp_path, monkeypatch):
     write_text = Path.write_text
 
@@ -417,6 +420,7 @@ def test_a_reader_that_leaves_is_no_full_disk(monkeypatch):
         compare.main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, content, said", [
     ("metrics.jsonl", None, "holds no finished run"),
     ("metrics.jsonl", "", "is no evaluation of this version"),

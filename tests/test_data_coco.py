@@ -146,6 +146,7 @@ def test_average_precision_by_hand():
     assert coco.average_precision(truth, [], "bbox") == {"ap": 0, "ap50": 0, "ap75": 0}
 
 
+@pytest.mark.slow
 def test_compressed_runs_are_those_of_pycocotools():
     """Valid texts give the mask that pycocotools decodes; others, changed at random, no mask."""
     rng = np.random.default_rng(0)

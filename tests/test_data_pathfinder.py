@@ -51,6 +51,7 @@ def cross(a, b):
     return bool(((side(p, q, r) * side(p, q, t) < 0) & (side(r, t, p) * side(r, t, q) < 0)).any())
 
 
+@pytest.mark.slow
 def test_images_have_the_published_form(images_and_labels):
     images, labels = images_and_labels
     assert images.shape == (1200, 32, 32) and images.dtype == labels.dtype == np.uint8
@@ -100,6 +101,7 @@ def test_turns_follow_their_weights_where_nothing_is_in_the_way():
         assert np.abs(share - weight / weight.sum()).max() < 4 * 0.5 / 4000**0.5
 
 
+@pytest.mark.slow
 def test_discs_are_drawn_where_they_are_said_to_be(images_and_labels):
     images, labels = images_and_labels
     full = np.pad(images > 250, ((0, 0), (1, 1), (1, 1)))
@@ -109,6 +111,7 @@ def test_discs_are_drawn_where_they_are_said_to_be(images_and_labels):
     assert (plus.sum((1, 2)) == 2).all()
 
 
+@pytest.mark.slow
 def test_label_does_not_leak_into_pixel_statistics(images_and_labels):
     images, labels = images_and_labels
     flat = images.reshape(len(images), -1)

@@ -1,9 +1,12 @@
 """doctor.py: one line for each thing that it tries."""
+import pytest
+
 import doctor
 from conftest import error
 from engine.startup import check_names
 
 
+@pytest.mark.slow
 def test_a_line_for_each_check_and_what_failed_said(call, monkeypatch):
     good = ["train.py", f"--dataset={doctor.ROOT / 'README.md'}", "--n_layer=1", "--n_head=1",
             "--n_embd=8", "--block_size=8", *doctor.TEN]

@@ -351,6 +351,7 @@ def test_models_that_test_for_the_name_sdpa_are_refused(tf, kind):
         assert torch.equal(model(**inputs, logits_to_keep=3).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_with_our_masks(tf, recwarn):
     """In one graph, without a warning: the reading of the model's code stays out of it."""
     model, inputs, *_ = make(tf, "llama")
@@ -501,6 +502,7 @@ def test_a_compiled_model_is_reached():
     torch.testing.assert_close(compiled(x), plain)
 
 
+@pytest.mark.slow
 def test_the_demonstration_ends_quietly_where_its_reader_does():
     """As in `python -m precond | head -1`."""
     command = [sys.executable, "-u", precond.__file__]

@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from conftest import SMALL, read_metrics, shell, torchrun
 from engine import loss as head
@@ -79,6 +80,19 @@ def test_head_loss_keeps_the_shape_scales_the_gradient_and_works_without_gradien
     with torch.no_grad():
         assert torch.equal(head.head_loss(x, weight, targets.view(4, 9), rows=10), loss)
     assert head.head_loss(x, weight, torch.full((4, 9), -1)).isnan()
+
+
+@pytest.mark.slow
+def test_compiled_code_leaves_the_loop_alone():
+    """The graphs end before it and begin after it; its products stay out of them."""
+    x, weight, targets = example()
+    counter = CompileCounterWithBackend("eager")
+
+    @torch.compile(backend=counter)
+    def thrice(x):
+        return 3 * head.head_loss(2 * x, weight, targets, rows=10)
+    assert torch.equal(thrice(x), 3 * head.head_loss(2 * x, weight, targets, rows=10))
+    assert (counter.frame_count, counter.op_count) == (2, 2)
 
 
 def test_head_loss_cannot_be_differentiated_twice():

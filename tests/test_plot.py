@@ -18,7 +18,7 @@ import plot
 import train
 import train_lra
 import train_vision
-from conftest import SMALL, error
+from conftest import SMALL, error, teach
 from engine.options import DataError, UserError
 from precond import record
 from study import figures, spectra, stats
@@ -26,12 +26,6 @@ from study.comparisons import conditioning, forest, read_comparison
 from study.runs import Run, group
 
 ARMS = {"off": ["--precond=False"], "on": ["--precond=True"]}
-
-
-def teach(module, *arguments):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        module.main()
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +341,7 @@ def test_one_record_is_a_point(tmp_path):
             assert list(drawn.get_xdata()) == [9] and drawn.get_marker() == "o"
 
 
+@pytest.mark.slow
 def test_figures_of_other_runs_are_kept(tmp_path, call, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one, two = invent(tmp_path / "one"), invent(tmp_path / "two", seed=2)

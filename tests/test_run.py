@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, SMALL, error, read_metrics, torchrun
+from conftest import ROOT, SMALL, error, read_metrics, teach, torchrun
 from engine import checkpoint, nanogpt_names, trainer
 from engine.lock import Lock
 from engine.options import UserError
@@ -26,8 +26,7 @@ from engine.run import Run, StopSignal, open_folder
 def finished(corpus, tmp_path_factory):
     """A run of four steps, to be copied."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    argv = [*SMALL, *corpus, "--max_iters=4", "--eval_interval=2", f"--out_dir={folder}"]
-    subprocess.run([sys.executable, "train.py", *argv], cwd=ROOT, check=True, capture_output=True)
+    teach(train, *SMALL, *corpus, "--max_iters=4", "--eval_interval=2", f"--out_dir={folder}")
     return folder
 
 
@@ -150,6 +149,7 @@ def test_sizes_that_the_weights_cannot_have(option, value, folder, call):
     assert option in error(resume(call, folder))
 
 
+@pytest.mark.slow
 def test_a_compressed_checkpoint_is_not_inflated(tmp_path):
     path = tmp_path / "ckpt.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -246,6 +246,14 @@ def test_a_mistyped_option_is_answered_without_pytorch():
     assert done.returncode == 2
     assert "train.py: error: unknown option --lerning_rate: did you mean" in done.stderr
     assert " torch" not in done.stderr
+
+
+@pytest.mark.slow
+def test_help_is_answered_without_the_compiler():
+    """It takes as long to load as the rest of PyTorch."""
+    done = command("-X", "importtime", "sample.py", "--help")
+    assert "--max_new_tokens" in done.stdout
+    assert " torch.nn\n" in done.stderr and " torch._dynamo\n" not in done.stderr
 
 
 @pytest.mark.slow

@@ -296,6 +296,7 @@ def test_a_hugging_face_folder_writes_what_the_run_writes(call, corpus, tmp_path
     assert "has no tokenizer.json" in message
 
 
+@pytest.mark.slow
 def test_published_models_by_their_names(call, gpt2, tmp_path, monkeypatch):
     pytest.importorskip("tokenizers", reason="pip install -r requirements-extra.txt")
     save_model(tmp_path, gpt2)

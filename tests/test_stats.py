@@ -28,6 +28,7 @@ def test_equal_differences():
     assert stats.paired([0.5, 0.5 + 1e-5]).p < 1e-4
 
 
+@pytest.mark.slow
 def test_interval_covers_and_effects_are_found():
     """Differences of mean 0.5 and standard deviation 1.
 

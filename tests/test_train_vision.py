@@ -42,6 +42,7 @@ def build(task, *more):
     return train_vision.VisionTask(config), vision.Vision(config, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_stopped_run_resumes_bit_for_bit(task, tmp_path, call, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -215,6 +216,7 @@ def test_a_process_without_a_batch_to_evaluate_does_not_stop_the_other(tmp_path)
     assert read_metrics(tmp_path)[-1]["step"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_small_model_learns_a_few_images(task):
     """Trained on the evaluated images: targets, loss and evaluation speak of the same things."""
