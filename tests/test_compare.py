@@ -137,6 +137,7 @@ def test_long_range_arena_is_judged_by_accuracy(tmp_path, call):
     assert [arm["test_accuracy"] for arm in result["arms"].values()] == means
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_runs_recorded(study):
     (code, out, _), result = study("--vary", "precond_power=0,1", "--seeds=4")
     assert code == 0 and result["metric"] == "val_loss"
@@ -368,6 +369,7 @@ def test_a_diverged_arm_is_reported(study):
     assert "The baseline precond_power=8 diverged" in out and "cannot be compared" in out
 
 
+@pytest.mark.slow
 def test_a_failed_run_stops_everything(study, tmp_path):
     said = error(study("--vary", "precond_power=0,7", "--seeds=2")[0])
     assert said.endswith("ended with exit code 1: no space left") and "precond_power=7-1" in said
@@ -478,6 +480,7 @@ def test_a_run_left_behind_keeps_its_folder(fake, tmp_path, monkeypatch):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+@pytest.mark.slow
 def test_pretrained_weights_are_read_once(tmp_path):
     starts = [compare.read(["train.py", "--vary", "precond=False,True", f"--init_from={name}",
                             f"--out_dir={tmp_path}"])

@@ -53,6 +53,7 @@ def test_values_shapes_and_lengths_of_the_default_trees(full):
     assert deepest == 10 and widest == 10
 
 
+@pytest.mark.slow
 def test_every_label_is_the_value(full):
     tokens, offsets, labels, _ = full
     assert [evaluate(tree) for tree in trees(tokens, offsets)] == labels.tolist()
@@ -73,6 +74,7 @@ def test_statistics_are_the_published_ones(full):
     assert listops.root_baseline(full[:3], full[:3]) == pytest.approx(0.362, abs=4 * error)
 
 
+@pytest.mark.slow
 def test_small_trees_follow_the_recursive_distribution():
     """Shares of lengths and of roots, against trees that a recursion draws one by one."""
     source = random.Random(0)

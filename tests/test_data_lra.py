@@ -224,6 +224,7 @@ def test_command_line_as_a_script(tmp_path):
     assert "root operator" in done.stdout and isinstance(Split(folder, "val"), Split)
 
 
+@pytest.mark.slow
 def test_the_script_needs_no_torch():
     script = Path(__file__).parents[1] / "data" / "lra.py"
     code = f"""if True:

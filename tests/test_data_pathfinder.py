@@ -130,6 +130,7 @@ def test_label_does_not_leak_into_pixel_statistics(images_and_labels):
     assert abs(accuracy - 0.5) < 4 * error, f"accuracy {accuracy:.3f} from pixel statistics"
 
 
+@pytest.mark.slow
 def test_same_images_for_any_number_of_workers():
     n, easy = CHUNK + 30, dict(contour_length=5, distractors=1)
     one, two, fewer = (generate(count, seed=3, workers=workers, **easy)

@@ -69,6 +69,7 @@ def test_colours_do_not_tell_the_class():
         assert (abs(difference) < 4 * means.std(axis=0) / np.sqrt((labels == k).sum())).all()
 
 
+@pytest.mark.slow
 def test_the_sheet(tmp_path):
     Image = pytest.importorskip("PIL.Image", reason="pip install -r requirements-extra.txt")
     shell("data/shapes.py", f"--out={tmp_path / 'sheet.png'}")

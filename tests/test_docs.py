@@ -27,6 +27,7 @@ def known_options(script: str, words: list[str]) -> set[str]:
     return known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_name_scripts_presets_and_options_that_exist(path):
     for command in commands(path.read_text(encoding="utf-8")):

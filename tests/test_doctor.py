@@ -24,6 +24,7 @@ def test_a_line_for_each_check_and_what_failed_said(call, monkeypatch):
     assert code == 0 and out.endswith("all is well\n")
 
 
+@pytest.mark.slow
 def test_its_commands_have_options_that_exist():
     commands = dict(doctor.checks("cpu"))
     assert {"characters", "2 processes, sharded", "images, segment"} <= commands.keys()

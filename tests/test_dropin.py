@@ -486,6 +486,7 @@ def test_precondition_sdpa_nests_and_is_undone():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_reached():
     """A graph compiled before the context, or before the recording, is not used inside it."""
     class Attention(nn.Module):

@@ -68,6 +68,7 @@ def test_signal_finishes_the_step_saves_and_exits(number, code, corpus, tmp_path
     assert read_metrics(stopped) == read_metrics(whole)
 
 
+@pytest.mark.slow
 def test_the_recommended_comparison_is_of_the_same_run(begin, corpus):
     out = begin("--max_iters=1", "--learning_rate=0.0123", "--precond=True")
     line = next(line for line in out.splitlines() if "compare.py" in line)
@@ -327,6 +328,7 @@ def test_overwrite_replaces_the_run(begin, folder):
     assert checkpoint.read(folder / "ckpt.pt")["config"]["overwrite"] is False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("TINYSHAKESPEARE"),
                     reason="TINYSHAKESPEARE=path/to/tinyshakespeare.txt is not set")
 def test_tiny_shakespeare_is_nanogpts(tmp_path, again):

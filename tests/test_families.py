@@ -77,6 +77,7 @@ def test_small_widths_fit(every):
     assert sum(config.rope_parameters["mrope_section"]) == 4
 
 
+@pytest.mark.slow
 def test_a_model_that_takes_too_long_or_dies_is_not_run(every, monkeypatch):
     assert every.in_a_child(os._exit, 1) == dict(result="not run", why="its process died")
     assert every.in_a_child(int, "x")["why"].startswith("ValueError: invalid literal")

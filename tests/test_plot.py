@@ -357,6 +357,7 @@ def test_figures_of_other_runs_are_kept(tmp_path, call, monkeypatch):
     assert (tmp_path / "figures" / "validation.svg").read_bytes() != before
 
 
+@pytest.mark.slow
 def test_a_comparison_is_what_its_report_compares(tmp_path, call):
     """Of two comparisons in one folder the last has the report. The other's runs end elsewhere."""
     runs = {"off": ["off-1", "off-2"], "on": ["on-1"]}
@@ -381,6 +382,7 @@ def report(path, metric, **pairs):
     return path
 
 
+@pytest.mark.slow
 def test_the_forest_has_every_difference_and_better_is_right(tmp_path, call):
     loss = report(tmp_path / "characters.json", "val_loss", paper=(0.07, -0.01, 0.15),
                   half=(-0.02, None, None))

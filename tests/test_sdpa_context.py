@@ -130,6 +130,7 @@ def test_record_refuses_vmap():
     torch.testing.assert_close(torch.vmap(precond.precondition)(X), precond.precondition(X))
 
 
+@pytest.mark.slow
 def test_a_compiled_call_follows_the_options():
     compiled = torch.compile(attend, backend="eager", fullgraph=True)
     plain = attend()

@@ -174,6 +174,7 @@ def test_twice_is_an_error():
         assert precond.check(net, X) == 2
 
 
+@pytest.mark.slow
 def test_wrapped_then_compiled():
     net = model()
     with precond.wrap(net):
