@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from engine.orthogonal import orthogonalise
-from engine.parallel import like, whole
+from engine.parallel import divided, like, whole
 
 
 def block_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -70,8 +70,8 @@ class Muon(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is not None:
                 shapes.setdefault(p.shape, []).append(p)
-        # Matrices of one shape go through one sequence of products. Of a sharded model each process
-        # gathers them, computes the same updates and keeps its part of them.
+        # Matrices of one shape go through one sequence of products. Several processes share them
+        # and give each other the updates. A sharded model's are gathered before, cut afterwards.
         for (rows, columns), matrices in shapes.items():
             parts = 3 if rows == 3 * columns else 1
             directions = [whole(self.direction(p)) for p in matrices]
@@ -79,7 +79,8 @@ class Muon(torch.optim.Optimizer):
             stack = stack.view(-1, rows // parts, columns)
             # A GPU multiplies bfloat16 much faster than float32, and two digits are enough here.
             fast = torch.bfloat16 if stack.is_cuda else stack.dtype
-            updates = orthogonalise(stack.to(fast)).to(stack.dtype).view(-1, rows, columns)
+            updates = divided(orthogonalise, stack.to(fast))
+            updates = updates.to(stack.dtype).view(-1, rows, columns)
             size = 0.2 * max(rows // parts, columns) ** 0.5
             for p, update in zip(matrices, updates):
                 p.mul_(1 - group["lr"] * group["weight_decay"])

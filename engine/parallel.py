@@ -7,6 +7,7 @@ Checkpoints hold whole tensors in either case, so each kind of run goes on from 
 """
 import contextlib
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -111,3 +112,19 @@ def like(value: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     value = value.to(parameter.device)
     # Every process has the whole: nothing is sent.
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def divided(work: Callable, stack: torch.Tensor) -> torch.Tensor:
+    """work(stack), (n, ...) -> the same shape and dtype; each process works on its share of the n.
+
+    All processes have the same stack, take part, and get the whole result.
+    """
+    if not dist.is_initialized():
+        return work(stack)
+    world = dist.get_world_size()
+    missing = -len(stack) % world
+    result = torch.cat([stack, stack.new_zeros(missing, *stack.shape[1:])])
+    shares = list(result.chunk(world))
+    mine = work(shares[dist.get_rank()])
+    dist.all_gather(shares, mine.contiguous())  # shares are parts of `result`
+    return result[:len(stack)]
