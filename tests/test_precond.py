@@ -2,6 +2,8 @@
 import math
 import re
 import runpy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -307,3 +309,45 @@ def test_learned_scale_gets_its_gradient(grad, power):
 def test_what_is_no_number_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         precondition(draw(3, 4), **options)
+
+
+def test_condition_number_without_entries():
+    assert condition_number(torch.zeros(3, 0, 4)).isnan().tolist() == [True] * 3
+    assert condition_number(torch.zeros(4, 0)).isnan()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("power", [0.5, 1.0, torch.tensor([0.5, 0.5, 1.0])])
+def test_rows_too_long_for_fp32_are_nan_and_not_zero(grad, power):
+    a = draw(2, 3, 5, 8, dtype=torch.float32)
+    a[0, 1, 2] = 1e19
+    a[1, 1, 2] = 0
+    out = precondition(a, grad=grad, power=power)
+    assert out[0, 1, 2].isnan().all() and out.isnan().sum() == 8 and not out[1, 1, 2].any()
+
+
+def test_second_derivative_at_zero_rows():
+    a = draw(2, 3, 5, 8)
+    a[0, 1, 2] = 0
+    a.requires_grad_()
+    out = precondition(a, grad=True)
+    first, = torch.autograd.grad(out.pow(3).sum(), a, create_graph=True)
+    second, = torch.autograd.grad(first.square().sum(), a)
+    assert second.isfinite().all() and not second[0, 1, 2].any() and second[0, 0].any()
+
+
+def test_record_refuses_vmap():
+    a = draw(2, 3, 5, 8)
+    with record(), pytest.raises(RuntimeError, match="record\\(\\) cannot keep.*vmap"):
+        torch.vmap(precondition)(a)
+    torch.testing.assert_close(torch.vmap(precondition)(a), precondition(a))
+
+
+@pytest.mark.slow
+def test_the_demonstration_ends_quietly_where_its_reader_does():
+    """As in `python -m precond | head -1`."""
+    command = [sys.executable, "-u", precond.__file__]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert b"median kappa" in process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""

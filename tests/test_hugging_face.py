@@ -1,9 +1,8 @@
-"""The drop-ins on small random models of transformers and torch.nn.
+"""The attention implementation for transformers, on small random models.
 
 Each output projection gets C A, a no-op is an error, and power 0 is the model's own attention.
 """
 import copy
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +11,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import precond
-from model import GPT, ModelConfig
 
 WIDTH = 32
 HEADS = 4
@@ -374,140 +372,3 @@ def test_register_without_transformers(monkeypatch):
     message = "^register_transformers needs transformers: pip install 'transformers>=5'$"
     with pytest.raises(ImportError, match=message):
         precond.register_transformers()
-
-
-def own(**options):
-    config = ModelConfig(block_size=8, n_layer=3, n_head=2, n_embd=16, **options)
-    return GPT(config, vocab_size=VOCAB)
-
-
-def test_check_on_our_model():
-    assert precond.check(own(precond=True), ids(2, 8)) == 3
-    for options in (dict(), dict(precond=True, precond_power=0.0)):
-        with pytest.raises(RuntimeError, match="no attention call of GPT "):
-            precond.check(own(**options), ids(2, 8))
-
-
-def encoder_layer():
-    torch.manual_seed(0)
-    return nn.TransformerEncoderLayer(WIDTH, HEADS, WIDTH, dropout=0.0, batch_first=True)
-
-
-def reference(layer, x):
-    """nn.TransformerEncoderLayer (post-norm), preconditioned, in explicit operations."""
-    qkv = F.linear(x, layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias)
-    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
-    a = (q @ k.mT / q.size(-1) ** 0.5).softmax(-1) @ v
-    a = a / a.norm(dim=-1, keepdim=True)
-    x = layer.norm1(x + layer.self_attn.out_proj(a.transpose(1, 2).flatten(2)))
-    return layer.norm2(x + layer.linear2(F.relu(layer.linear1(x))))
-
-
-def test_encoder_layer_and_the_fused_inference_path():
-    """In evaluation without gradients torch runs a fused kernel that goes round SDPA."""
-    layer = encoder_layer()
-    x = torch.randn(2, 7, WIDTH)
-    expected = reference(layer, x)
-    for training in (True, False):
-        layer.train(training)
-        for gradients in (True, False):
-            with torch.set_grad_enabled(gradients), precond.precondition_sdpa():
-                assert precond.check(layer, x) == 1
-                torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
-    with torch.no_grad():
-        plain = layer(x)
-        assert (plain - expected).abs().max() > 0.1
-        with precond.precondition_sdpa():
-            torch.backends.mha.set_fastpath_enabled(True)
-            torch.testing.assert_close(layer(x), plain, atol=1e-5, rtol=1e-5)
-            with pytest.raises(RuntimeError, match="no attention call of TransformerEncoderLayer"):
-                precond.check(layer, x)
-    assert torch.backends.mha.get_fastpath_enabled()
-
-
-@torch.no_grad()
-def test_encoder_with_padding_in_evaluation():
-    """nn.TransformerEncoder would pack the batch into a nested tensor for the fused path."""
-    encoder = nn.TransformerEncoder(encoder_layer(), 2).eval()
-    x = torch.randn(2, 7, WIDTH)
-    padding = torch.zeros(2, 7, dtype=torch.bool)
-    padding[0, 5:] = True
-    with precond.precondition_sdpa():
-        assert precond.check(encoder, x, src_key_padding_mask=padding) == 2
-        y = encoder(x, src_key_padding_mask=padding)
-    expected = x[:1, :5]
-    for layer in encoder.layers:
-        expected = reference(layer, expected)
-    torch.testing.assert_close(y[:1, :5], expected, atol=1e-5, rtol=1e-5)
-
-
-class Two(nn.Module):
-    """Two attentions; torch computes the one that is asked for its weights without SDPA."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-        self.second = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
-
-    def forward(self, x, first: bool, second: bool):
-        x = self.first(x, x, x, need_weights=first)[0]
-        return self.second(x, x, x, need_weights=second)[0]
-
-
-def test_multihead_attention_that_returns_its_weights_is_not_reached(recwarn):
-    model = Two()
-    x = torch.randn(2, 7, WIDTH)
-    with precond.precondition_sdpa():
-        assert precond.check(model, x, False, False) == 2
-        assert not [w for w in recwarn if "preconditioned" in str(w.message)]
-        with pytest.raises(RuntimeError, match="no attention call of Two"):
-            precond.check(model, x, True, True)
-        message = "1 attention calls of Two were preconditioned, but none in first$"
-        with pytest.warns(UserWarning, match=message):
-            assert precond.check(model, x, True, False) == 1
-    assert not model.first._forward_hooks and not model.first._forward_pre_hooks
-
-
-def test_precondition_sdpa_nests_and_is_undone():
-    before = F.scaled_dot_product_attention
-    q, k, v = torch.randn(3, 2, HEADS, 5, 8)
-    a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    with pytest.raises(KeyError), precond.precondition_sdpa():
-        inside = F.scaled_dot_product_attention(q, k, v, None, 0.0, True)
-        torch.testing.assert_close(inside, F.normalize(a, dim=-1))
-        with precond.precondition_sdpa(power=0.5):
-            expected = a / a.norm(dim=-1, keepdim=True).sqrt()
-            inside = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            torch.testing.assert_close(inside, expected)
-        inside = F.scaled_dot_product_attention(query=q, key=k, value=v, is_causal=True)
-        torch.testing.assert_close(inside, F.normalize(a, dim=-1))
-        raise KeyError
-    assert F.scaled_dot_product_attention is before
-    assert torch.backends.mha.get_fastpath_enabled()
-
-
-@pytest.mark.slow
-def test_a_compiled_model_is_reached():
-    """A graph compiled before the context, or before the recording, is not used inside it."""
-    class Attention(nn.Module):
-        def forward(self, x):
-            return F.scaled_dot_product_attention(x, x, x)
-
-    x = torch.randn(2, HEADS, 5, 8)
-    plain = F.scaled_dot_product_attention(x, x, x)
-    compiled = torch.compile(Attention(), backend="eager")
-    torch.testing.assert_close(compiled(x), plain)
-    with precond.precondition_sdpa():
-        torch.testing.assert_close(compiled(x), F.normalize(plain, dim=-1))
-        assert precond.check(compiled, x) == 1
-    torch.testing.assert_close(compiled(x), plain)
-
-
-@pytest.mark.slow
-def test_the_demonstration_ends_quietly_where_its_reader_does():
-    """As in `python -m precond | head -1`."""
-    command = [sys.executable, "-u", precond.__file__]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert b"median kappa" in process.stdout.readline()
-        process.stdout.close()
-        assert process.stderr.read() == b""
