@@ -30,9 +30,8 @@ def orthogonalise(g: torch.Tensor) -> torch.Tensor:
 
 
 def by_products(x: torch.Tensor) -> torch.Tensor:
-    for a, b, c in COEFFICIENTS:
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+    for coefficients in COEFFICIENTS:
+        x = polynomial(x @ x.mT, *coefficients) @ x
     return x
 
 
@@ -53,5 +52,8 @@ def by_gram(x: torch.Tensor) -> torch.Tensor:
 
 
 def polynomial(gram: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
-    identity = torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device)
-    return a * identity + b * gram + c * gram @ gram
+    """a I + b G + c G^2, in place: new tensors would take as long as the product."""
+    result = gram @ gram
+    result.mul_(c).add_(gram, alpha=b)
+    result.diagonal(dim1=-2, dim2=-1).add_(a)
+    return result
