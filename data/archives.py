@@ -13,13 +13,13 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from engine.options import DataError
 
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError)  # reading a broken archive
 INFLATED = 2**26  # bytes that any archive may inflate to, beside 100 times its own size
 LEFT_BEHIND = ("__macosx", "thumbs.db", "desktop.ini")  # in any case
 LONGEST_LINE = 2**26  # bytes: a longer "line" is no line of a release, and would fill the memory
@@ -31,6 +31,15 @@ class Release:
     archive: tuple[str, str, str]  # name, size, home page
     folder: str  # in the archive
     parts: tuple[str, ...]  # files, and folders with a / at their end, that must be in it
+
+
+@contextmanager
+def complete(source: Path | None):
+    """A context for reading an archive: a broken one is a DataError."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
+        raise DataError(f"{source} is not a complete archive ({error}): download it again") from None
 
 
 def find(release: Release, data_dir: Path) -> Path:
@@ -64,7 +73,7 @@ def files(source: Path, release: Release) -> Iterator[tuple[str, BinaryIO]]:
     """(name inside the release's folder, open file) of each file of its parts.
 
     They come in the order of the parts (a folder) or of the archive. Raises DataError where a part
-    is missing, and DAMAGED.
+    is missing, and within `complete` where the archive is broken.
     """
     seen = set()
     reader = _folder_files if source.is_dir() else _archive_files

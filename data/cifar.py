@@ -30,7 +30,7 @@ def cifar10(source: Path) -> Iterator[tuple[str, list[tuple[int, np.ndarray]]]]:
     """("train", samples), then ("val", samples): (label, image (3, 32, 32) uint8) each.
 
     "val" is the release's test batch. source: the archive for Python, or where it was unpacked to.
-    Raises DataError, and archives.DAMAGED.
+    Raises DataError, within archives.complete.
     """
     batches = {}
     for name, file in files(source, RELEASE):

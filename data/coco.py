@@ -48,7 +48,6 @@ def average_precision(truth: dict, detections: list[dict], kind: str,
     image_id, category_id, score, and bbox [x, y, width, height] or a segmentation as RLE, in
     pixels. kind: "bbox" or "segm". image_ids: the images that count (None: all of truth's).
     """
-    require()
     if not detections:
         return {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports its progress there
@@ -127,7 +126,6 @@ class Annotations:
     """
 
     def __init__(self, source: Path, split: str, masks: bool):
-        require()
         pattern = f"annotations/instances_{split}*.json"
         found = sorted(source.glob(pattern))
         if len(found) != 1:

@@ -1,5 +1,6 @@
 """Folders of prepared data: complete or absent, whatever is killed and however many ask for one."""
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -12,14 +13,9 @@ from typing import BinaryIO
 
 from engine.options import DataError
 
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there, two preparations of a folder can collide
-    fcntl = None
 
-
-def ensure(folder: Path, fill: Callable[[Path], dict]):
-    """Make `folder` unless it exists. Raises what `fill` raises, and OSError.
+def ensure(folder: Path, fill: Callable[[Path], dict], what: str = "data"):
+    """Make `folder`, the prepared form of `what`, unless it exists. Raises DataError.
 
     fill(work) writes the files into an empty folder and returns what goes into meta.json. The work
     is done in .tmp beside `folder` and renamed when complete. A second process waits for the first;
@@ -27,56 +23,85 @@ def ensure(folder: Path, fill: Callable[[Path], dict]):
     """
     if folder.exists():
         return
-    if _missing:
-        raise DataError(_missing)
+    for rule in _rules:
+        rule(None)
     work = folder.parent / ".tmp" / folder.name
-    work.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(work.with_name(work.name + ".lock")):
-        if folder.exists():  # another process may have made it while this one waited
-            return
+    try:
+        work.parent.mkdir(parents=True, exist_ok=True)
+        # "a" does not empty what a link points to; "+" does not wait where it is a pipe.
+        with open(work.with_name(work.name + ".lock"), "a+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when its holder dies
+            if not folder.exists():  # another process may have made it while this one waited
+                _make(folder, work, fill)
+    except OSError as error:
+        raise DataError(f"cannot prepare {what} in {folder}: {error}") from error
+
+
+def _make(folder: Path, work: Path, fill: Callable[[Path], dict]):
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        meta = fill(work)
+        for rule in _rules:
+            rule(meta)
+        (work / "meta.json").write_text(json.dumps(meta, indent=1))
+        work.rename(folder)
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        try:
-            meta = fill(work)
-            if not all(is_right(meta) for is_right in _expected):
-                raise DataError("the data is not what the run was trained on: restore it, or start "
-                                "anew in another --out_dir")
-            (work / "meta.json").write_text(json.dumps(meta, indent=1))
-            work.rename(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
 
 
-_expected: list[Callable[[dict], bool]] = []
+_rules = []  # of the contexts that are open: asked before a folder is made, then with its meta
 
 
 @contextmanager
+def _obeying(rule: Callable[[dict | None], None]):
+    _rules.append(rule)
+    try:
+        yield
+    finally:
+        _rules.pop()
+
+
+def only_prepared(missing: str):
+    """A context in which `ensure` makes no folder: where there is none, DataError(missing)."""
+    def rule(meta):
+        raise DataError(missing)
+
+    return _obeying(rule)
+
+
 def expecting(identity: Callable[[dict], dict], saved: dict | None):
     """A context in which `ensure` keeps no other data than a checkpoint's, given as `saved`.
 
     A checkpoint may come from anywhere, and name any file of this machine as its data.
     identity(meta) is the part of meta.json that a checkpoint has as saved["task"].
     """
-    if saved:
-        _expected.append(lambda meta: identity(meta) == saved["task"])
-    try:
-        yield
-    finally:
-        if saved:
-            _expected.pop()
+    def rule(meta):
+        if saved and meta and identity(meta) != saved["task"]:
+            raise DataError("the data is not what the run was trained on: restore it, or start "
+                            "anew in another --out_dir")
+
+    return _obeying(rule)
 
 
 def read_meta(folder: str | Path) -> dict:
     """What `fill` returned when the folder was made. Raises DataError where it is not readable."""
     try:
         with open_file(Path(folder) / "meta.json") as file:
-            meta = json.load(file)
-    except (OSError, ValueError, RecursionError):
-        meta = None
-    if not isinstance(meta, dict):
+            return dict(json.load(file))
+    except (OSError, TypeError, ValueError, RecursionError):
         raise DataError(f"{folder} holds no readable meta.json: "
-                        "remove the folder and prepare it again")
-    return meta
+                        "remove the folder and prepare it again") from None
+
+
+@contextmanager
+def reading(folder: Path):
+    """A context for files of a prepared folder: what damaged ones raise becomes a DataError."""
+    try:
+        yield
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder} is not a prepared folder ({error}): "
+                        "remove the folder and prepare it again") from None
 
 
 def open_file(path: str | Path) -> BinaryIO:
@@ -91,29 +116,6 @@ def sha256(path: str | Path) -> str:
     """The hex digest of a file's content, read in pieces. Raises OSError."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _locked(path: Path):
-    """One process at a time; the system lets go of the lock when its holder dies."""
-    with open(path, "a+b") as file:  # does not empty what a link points to, nor wait for a pipe
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-_missing = None  # what `ensure` says instead of making a folder
-
-
-@contextmanager
-def only_prepared(missing: str):
-    """A context in which `ensure` makes no folder: where there is none, DataError(missing)."""
-    global _missing
-    _missing = missing
-    try:
-        yield
-    finally:
-        _missing = None
 
 
 WHOLE = 2**28  # bytes of a file that are all compared when it is opened: about 0.4 s
@@ -137,12 +139,11 @@ def check(folder: Path, meta: dict):
     samples = meta.get("samples", {})
     for name, digest in meta["sha256"].items():
         path = folder / name
-        if not path.is_file():
-            same = False
-        elif path.stat().st_size <= WHOLE:
+        same = path.is_file()
+        if same and path.stat().st_size <= WHOLE:
             same = sha256(path) == digest
-        else:
-            same = name not in samples or sample_sha256(path) == samples[name]
+        elif same and name in samples:
+            same = sample_sha256(path) == samples[name]
         if not same:
             raise DataError(f"{path} is not what was prepared: "
                             f"delete {folder} and prepare it again")

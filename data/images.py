@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from data import coco, shapes
-from data.archives import DAMAGED
+from data.archives import complete
 from data.cifar import ARCHIVE, CLASSES, cifar10
-from data.folders import check, checksums, ensure, read_meta
+from data.folders import check, checksums, ensure, read_meta, reading
 from data.order import Shuffled
-from engine.options import DataError
+from engine.options import DataError, need
 
 NAMED = 5  # unreadable images that are named; all are counted
 
@@ -58,23 +58,16 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
         return Data(Shapes(task, size, seed + 1, None), val, classes, truth, state)
     folder = prepare(task, Path(source), Path(data_dir), size)
     meta = read_meta(folder)
-    try:
+    with reading(folder):
         check(folder, meta)
         truth = None if task == "classify" else json.loads((folder / "val.json").read_text())
-        train, val = (Stored(folder, split, task, size, meta["counts"][split],
-                             len(meta["classes"])) for split in ("train", "val"))
-        state = identity(meta)
-        # Without the source the prepared folder is enough.
-        made_of = meta["stamps"]
-        changed = made_of and any(made_of.get(name) != stamp
-                                  for name, stamp in stamps(Path(source)).items())
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
-        raise DataError(f"{folder} is not a prepared folder ({e}): "
-                        "delete it and prepare it again") from None
-    if changed:
-        raise DataError(f"{source} has changed since {folder} was made of it: "
-                        f"delete {folder} to read it again")
-    return Data(train, val, meta["classes"], truth, state)
+        train = Stored(folder, "train", task, size, meta["counts"]["train"])
+        val = Stored(folder, "val", task, size, meta["counts"]["val"])
+        now = stamps(Path(source))  # empty without the source: the prepared folder is enough
+        if now and now != meta["stamps"]:
+            raise DataError(f"{source} has changed since {folder} was made of it: "
+                            f"delete {folder} to read it again")
+        return Data(train, val, meta["classes"], truth, identity(meta))
 
 
 def identity(meta: dict) -> dict:
@@ -122,16 +115,13 @@ class Shapes:
 class Stored:
     """A split of a prepared folder, memory-mapped."""
 
-    def __init__(self, folder: Path, split: str, task: str, size: int, count: int, classes: int):
+    def __init__(self, folder: Path, split: str, task: str, size: int, count: int):
         self.task, self.size, self.count = task, size, count
         self.shuffled = Shuffled(count)
         self.images = np.memmap(folder / f"{split}_images.bin", np.uint8, "r",
                                 shape=(count, size, size, 3))
         self.labels = np.load(folder / f"{split}_labels.npy")
         self.offsets = np.load(folder / f"{split}_offsets.npy")
-        if len(self.offsets) != count + 1 or self.offsets[-1] != len(self.labels) \
-                or self.labels.min() < 0 or self.labels.max() >= classes:
-            raise ValueError(f"its {split} labels are not of {count} images and {classes} classes")
         if task == "segment":  # a bit a pixel
             self.masks = np.memmap(folder / f"{split}_masks.bin", np.uint8, "r",
                                    shape=(len(self.labels), -(-size * size // 8)))
@@ -163,13 +153,9 @@ def boxes_of(masks: np.ndarray) -> np.ndarray:
 
     A box is centre x, centre y, width, height, in units of the image.
     """
-    sides = []
-    for seen in (masks.any(axis=1), masks.any(axis=2)):  # columns, rows
-        first = seen.argmax(axis=1)
-        last = seen.shape[1] - seen[:, ::-1].argmax(axis=1)
-        sides.append(((first + last) / 2, last - first))
-    (x, w), (y, h) = sides
-    return (np.stack([x, y, w, h], axis=1) / masks.shape[-1]).astype(np.float32)
+    left, top, width, height = coco.rle.toBbox(coco.encode(masks)).T
+    boxes = np.stack([left + width / 2, top + height / 2, width, height], axis=1)
+    return (boxes / masks.shape[-1]).astype(np.float32)
 
 
 def _tensor(images) -> torch.Tensor:
@@ -179,14 +165,16 @@ def _tensor(images) -> torch.Tensor:
 def _collate(images, labels, targets) -> tuple[torch.Tensor, ...]:
     """Images, and arrays of n labels and targets for each -> tensors, padded to the largest n."""
     counts = torch.tensor([len(row) for row in labels])
-    shape = (len(labels), max(1, int(counts.max())))
-    padded_labels = torch.zeros(shape, dtype=torch.int64)
-    dtype = torch.from_numpy(targets[0]).dtype
-    padded_targets = torch.zeros((*shape, *targets[0].shape[1:]), dtype=dtype)
-    for i, (row, target) in enumerate(zip(labels, targets)):
-        padded_labels[i, :len(row)] = torch.from_numpy(row)
-        padded_targets[i, :len(row)] = torch.from_numpy(target)
-    return _tensor(images), counts, padded_labels, padded_targets
+    return _tensor(images), counts, _pad(labels), _pad(targets)
+
+
+def _pad(arrays: list[np.ndarray]) -> torch.Tensor:
+    """Arrays (n, ...) -> (B, M, ...): zeros follow, up to the largest n and at least one."""
+    longest = max(1, *map(len, arrays))
+    padded = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), arrays[0].dtype)
+    for row, array in zip(padded, arrays):
+        row[:len(array)] = array
+    return torch.from_numpy(padded)
 
 
 def make_truth(records: list[dict], classes: list[str]) -> dict:
@@ -219,29 +207,19 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
             raise DataError(f"--source={source}: there is nothing of that name to read{hint}")
         print(f"preparing {task} in {folder}: reading {source}", flush=True)
         made_of = stamps(source)  # before it is read: a change meanwhile is noticed later
-        try:
+        with complete(source):
             if task == "classify":
                 found = _fill_cifar10(work, source, size)
             else:
                 found = _fill_coco(work, source, task == "segment", size)
-        except DAMAGED as e:
-            raise DataError(f"{source} is not a complete archive ({e}): "
-                            "download it again") from None
         counts = found["counts"]
         skipped = ", ".join(f"{n:,} {what}" for what, n in found["skipped"].items())
         print(f"prepared {task}: {counts['train']:,} training and {counts['val']:,} validation "
               f"images; skipped {skipped}", flush=True)
         return parameters | found | checksums(work) | {"stamps": made_of}
 
-    try:
-        import PIL  # noqa: F401
-    except ImportError:
-        raise DataError("reading images needs pillow: "
-                        "pip install -r requirements-extra.txt") from None
-    try:
-        ensure(folder, fill)
-    except OSError as e:
-        raise DataError(f"cannot prepare {task} in {folder}: {e}") from None
+    need("PIL", "reading images")
+    ensure(folder, fill, task)
     return folder
 
 
@@ -282,31 +260,27 @@ def _fill_coco(work: Path, source: Path, masks: bool, size: int) -> dict:
     train, val = (coco.Annotations(source, split, masks) for split in ("train", "val"))
     if (train.ids, train.classes) != (val.ids, val.classes):
         raise DataError(f"{val.path} and {train.path} have different categories")
-    empty, records = 0, []
+    records = []
 
     def train_samples():
-        nonlocal empty
         for *sample, _ in train.samples(size):
-            if len(sample[1]):
+            if len(sample[1]):  # an image without objects has nothing to teach
                 yield sample
-            else:  # an image without objects has nothing to teach
-                empty += 1
 
     def val_samples():
         for *sample, record in val.samples(size):
             records.append(record)  # also without objects: a model can be mistaken about it
             yield sample
 
-    images, objects = {}, {}
-    images["train"], objects["train"] = _write(work, "train", train_samples())
-    images["val"], objects["val"] = _write(work, "val", val_samples())
+    n_train, train_objects = _write(work, "train", train_samples())
+    n_val, val_objects = _write(work, "val", val_samples())
     unreadable = train.unreadable + val.unreadable
     for line in unreadable[:NAMED]:
         print(f"cannot read {line}")
     if len(unreadable) > NAMED:
         print(f"and {len(unreadable) - NAMED:,} more", flush=True)
-    for annotations, n in (train, objects["train"]), (val, objects["val"]):
-        if not n:
+    for annotations, objects in (train, train_objects), (val, val_objects):
+        if not objects:
             raise DataError(f"{annotations.path}: no readable image has an object that is seen at "
                             f"{size} x {size}; {len(annotations.unreadable)} of "
                             f"{len(annotations.images)} images cannot be read")
@@ -319,10 +293,12 @@ def _fill_coco(work: Path, source: Path, masks: bool, size: int) -> dict:
     if shared := len(train.files() & val.files()):
         print(f"{shared:,} images are in both splits: the metric is not that of unseen ones",
               flush=True)
+    empty = len(train.images) - len(train.unreadable) - n_train
     skipped = {"unreadable images": len(unreadable), "training images without objects": empty,
                f"objects without an area or too small at {size} x {size}":
                    train.vanished + val.vanished}
-    return {"classes": val.classes, "counts": images, "skipped": skipped}
+    counts = {"train": n_train, "val": n_val}
+    return {"classes": val.classes, "counts": counts, "skipped": skipped}
 
 
 def _write(folder: Path, split: str, samples) -> tuple[int, int]:

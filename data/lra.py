@@ -16,30 +16,24 @@ pathx are split 80/10/10 by a seeded permutation. Sequences are cut at block_siz
 counted.
 """
 import argparse
-import difflib
 import hashlib
 import json
 import shutil
 import sys
-import tokenize
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-if not __package__:  # run as a script: the project's root is not on the path then
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # python data/lra.py looks for modules in data/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 from data import listops
-from data.archives import DAMAGED, find
-from data.folders import check, checksums, ensure, read_meta
+from data.archives import complete, find
+from data.folders import check, checksums, ensure, read_meta, reading
 from data.lra_sources import SPLITS, TASKS, samples
 from engine import options
 from engine.options import DataError, UserError
-
-# what arrays with a damaged header, and a meta.json with values of wrong types, raise
-UNREADABLE = (OSError, EOFError, SyntaxError, tokenize.TokenError, AttributeError, KeyError,
-              TypeError, ValueError)
 
 
 def prepare(task: str, data_dir: str | Path = "data", *, source: str | Path | None = None,
@@ -62,30 +56,27 @@ def prepare(task: str, data_dir: str | Path = "data", *, source: str | Path | No
     parameters = _parameters(task, source, block_size, seed, generate)
     text = json.dumps(parameters, sort_keys=True)
     folder = Path(data_dir) / f"lra_{task}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
-    try:
-        ensure(folder, lambda work: _fill(work, parameters, folder, source))
-    except OSError as error:
-        raise DataError(f"cannot prepare {task} in {folder}: {error}") from None
+    ensure(folder, lambda work: _fill(work, parameters, folder, source), task)
     return folder
 
 
 def _parameters(task, source, block_size, seed, generate) -> dict:
     """All that decides what is prepared, checked."""
     if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, 1)
-        hint = f": do you mean {near[0]}?" if near else ""
-        raise DataError(f"unknown task {task!r}{hint} (tasks: {', '.join(TASKS)})")
+        raise DataError(f"unknown task {task!r}: {options.suggest(task, TASKS)}choose "
+                        f"{', '.join(TASKS)}")
     spec = TASKS[task]
-    block_size = spec.block_size if block_size is None else block_size
+    if block_size is None:
+        block_size = spec.block_size
     if block_size < 1:
         raise DataError(f"{task}: block_size={block_size} must be at least 1")
-    if type(seed) is not int or not 0 <= seed < 2**32:
-        raise DataError(f"{task}: seed={seed} must be in [0, 4294967296)")
+    if wrong := options.seed("seed", seed, None):
+        raise DataError(f"{task}: {wrong}")
     if source is not None and not str(source):
         raise DataError(f"{task}: the source is empty: give its path, or leave the option out")
     generated = spec.generate and source is None
     if generated:
-        generate = {**dict(zip(SPLITS, spec.counts)), **(generate or {})}
+        generate = dict(zip(SPLITS, spec.counts)) | (generate or {})
         for split in SPLITS:
             if type(generate[split]) is not int or generate[split] < 1:
                 raise DataError(f"{task}: {split}={generate[split]} must be a number of samples, "
@@ -105,47 +96,46 @@ def _fill(work: Path, parameters: dict, folder: Path, source) -> dict:
     """Write the arrays into `work`, which becomes `folder`; -> what meta.json holds."""
     task = parameters["task"]
     spec = TASKS[task]
+    path = None
+    made = "generated"
     if parameters["generate"]:
-        path = None
-        options = ", ".join(f"{name}={value}" for name, value in parameters["generate"].items())
-        print(f"preparing {task} in {folder}: generating {options}", flush=True)
+        said = ", ".join(f"{name}={value}" for name, value in parameters["generate"].items())
+        print(f"preparing {task} in {folder}: generating {said}", flush=True)
     else:
         path = find(spec.release, folder.parent) if source is None else Path(source)
+        made = f"read from {path}"
         if not path.is_file() and not path.is_dir():  # a pipe would wait for its writer
             hint = " (leave the source out to generate)" if spec.generate else ""
             raise DataError(f"{task}: there is no {path} that is a file or a folder{hint}")
         print(f"preparing {task} in {folder}: reading {path}", flush=True)
-    try:
+    with complete(path):
         writers = _write(work, parameters, path)
-    except DAMAGED as error:
-        raise DataError(f"{path} is not a complete archive ({error}): download it again") from None
 
-    meta = {**parameters, "made": f"read from {path}" if path else "generated",
-            **_facts(task, {split: Split(work, split) for split in SPLITS}),
-            "cut": {split: writer.cut for split, writer in writers.items()},
-            "skipped": {split: writer.skipped for split, writer in writers.items()},
-            "sizes": {file.name: file.stat().st_size for file in sorted(work.glob("*.npy"))},
-            **checksums(work)}
-    print(f"prepared {task}: "
-          + ", ".join(f"{count:,} {split}" for split, count in meta["counts"].items())
-          + f"; {sum(meta['cut'].values()):,} longer than block_size={meta['block_size']} and cut, "
-          f"{sum(meta['skipped'].values()):,} empty or unreadable and skipped", flush=True)
-    return meta
+    cut = {split: writer.cut for split, writer in writers.items()}
+    skipped = {split: writer.skipped for split, writer in writers.items()}
+    splits = {split: Split(work, split) for split in SPLITS}
+    counts = ", ".join(f"{len(data):,} {split}" for split, data in splits.items())
+    print(f"prepared {task}: {counts}; {sum(cut.values()):,} longer than "
+          f"block_size={parameters['block_size']} and cut, {sum(skipped.values()):,} empty or "
+          "unreadable and skipped", flush=True)
+    sizes = {file.name: file.stat().st_size for file in sorted(work.glob("*.npy"))}
+    return {**parameters, "made": made, **_facts(task, splits), "cut": cut, "skipped": skipped,
+            "sizes": sizes, **checksums(work)}
 
 
 def _write(work: Path, parameters: dict, source: Path | None) -> dict:
     task = parameters["task"]
     scratch = work / "scratch"
+    towers = ("1", "2") if TASKS[task].towers == 2 else ("",)
     writers = {}
     with ExitStack() as stack:
         for split in SPLITS:
-            names = ("1", "2") if TASKS[task].towers == 2 else ("",)
-            paths = [work / f"{split}_tokens{name}.npy" for name in names]
+            paths = [work / f"{split}_tokens{tower}.npy" for tower in towers]
             files = [stack.enter_context(open(path, "wb")) for path in paths]
             writers[split] = _SplitWriter(files, parameters["block_size"])
-        parameters = {**parameters, "source": source, "scratch": scratch}
-        for split, label, *sequences in samples(**parameters):
-            writers[split].add(label, *sequences)
+        parameters = parameters | {"source": source, "scratch": scratch}
+        for split, *sample in samples(**parameters):
+            writers[split].add(*sample)
         for split, writer in writers.items():
             if not writer.labels:
                 raise DataError(f"{task}: the {split} split has no samples; each needs at least "
@@ -157,11 +147,11 @@ def _write(work: Path, parameters: dict, source: Path | None) -> dict:
 
 
 class _SplitWriter:
-    """One split, written as it comes, a file a tower: only lengths and labels stay in memory."""
+    """One split, written as it comes, a file a tower: only offsets and labels stay in memory."""
 
     def __init__(self, files: list[BinaryIO], block_size: int):
         self.files, self.block_size = files, block_size
-        self.lengths = [[] for _ in files]
+        self.offsets = [[0] for _ in files]
         self.labels = []
         self.cut = self.skipped = 0
         for file in files:
@@ -172,16 +162,15 @@ class _SplitWriter:
             self.skipped += 1
             return
         self.cut += any(len(sequence) > self.block_size for sequence in sequences)
-        for file, lengths, sequence in zip(self.files, self.lengths, sequences):
-            lengths.append(file.write(sequence[:self.block_size]))
+        for file, offsets, sequence in zip(self.files, self.offsets, sequences):
+            written = file.write(sequence[:self.block_size])
+            offsets.append(offsets[-1] + written)
         self.labels.append(label)
 
     def finish(self):
-        for file, lengths in zip(self.files, self.lengths):
-            _write_header(file, sum(lengths))
-            path = Path(file.name)
-            np.save(path.with_name(path.name.replace("_tokens", "_offsets")),
-                    np.cumsum([0, *lengths], dtype=np.int64))
+        for file, offsets in zip(self.files, self.offsets):
+            _write_header(file, offsets[-1])
+            np.save(_offsets_of(file.name), np.array(offsets))
 
 
 def _write_header(file: BinaryIO, count: int):
@@ -191,15 +180,22 @@ def _write_header(file: BinaryIO, count: int):
         file, {"descr": "|u1", "fortran_order": False, "shape": (count,)})
 
 
+def _offsets_of(tokens: str | Path) -> Path:
+    """The file of offsets that goes with a file of tokens."""
+    path = Path(tokens)
+    return path.with_name(path.name.replace("_tokens", "_offsets"))
+
+
 def _facts(task: str, splits: dict[str, "Split"]) -> dict:
     """What meta.json says that follows from the task and the arrays."""
     spec = TASKS[task]
     train = splits["train"]
-    baselines = {"majority": {split: listops.majority_baseline(train.labels, splits[split].labels)
-                              for split in ("val", "test")}}
+    held_out = {"val": splits["val"], "test": splits["test"]}
+    baselines = {"majority": {split: listops.majority_baseline(train.labels, data.labels)
+                              for split, data in held_out.items()}}
     if task == "listops":
-        baselines["root"] = {split: listops.root_baseline(train.arrays, splits[split].arrays)
-                             for split in ("val", "test")}
+        baselines["root"] = {split: listops.root_baseline(train.arrays, data.arrays)
+                             for split, data in held_out.items()}
     return {"classes": spec.classes, "vocab_size": spec.vocab_size, "towers": spec.towers,
             "baselines": baselines, "counts": {split: len(data) for split, data in splits.items()}}
 
@@ -212,25 +208,14 @@ def load(folder: str | Path) -> tuple[dict, dict[str, "Split"]]:
     """
     folder = Path(folder)
     meta = read_meta(folder)
-    try:
-        for name, size in meta["sizes"].items():
-            if (folder / name).stat().st_size != size:
-                raise DataError(f"{folder / name} has not the size it was written with: delete the "
-                                "folder and prepare it again")
-        if "sha256" in meta:  # earlier versions kept none
-            check(folder, meta)
-        spec = TASKS[meta["task"]]
+    with reading(folder):
+        check(folder, meta)
         splits = {split: Split(folder, split) for split in SPLITS}
-        for split in splits.values():
-            split.check(spec.classes, spec.vocab_size, spec.towers, meta["block_size"])
         for name, fact in _facts(meta["task"], splits).items():
             if meta[name] != fact:
                 raise ValueError(f"{name} in meta.json is not {fact}")
-        if any(type(meta["cut"][split]) is not int for split in SPLITS):
-            raise TypeError("cut in meta.json is no number for each split")
-    except UNREADABLE as error:
-        raise DataError(f"{folder} is not a prepared folder ({error}): delete it and prepare it "
-                        "again") from None
+        if min(meta["cut"][split] for split in SPLITS) < 0:
+            raise ValueError("cut in meta.json is negative")
     return meta, splits
 
 
@@ -245,21 +230,7 @@ class Split:
         self._sequences = []  # (tokens, offsets) of each tower
         for path in sorted(folder.glob(f"{split}_tokens*.npy")):
             tokens = np.asarray(np.load(path, mmap_mode="r"))  # a plain array is faster to slice
-            offsets = np.load(path.with_name(path.name.replace("_tokens", "_offsets")))
-            self._sequences.append((tokens, offsets))
-
-    def check(self, classes: int, vocab_size: int, towers: int, block_size: int):
-        """Raises ValueError where the arrays are not as `prepare` writes them."""
-        if len(self._sequences) != towers:
-            raise ValueError(f"{len(self._sequences)} arrays of tokens, expected {towers}")
-        _expect("labels", self.labels, np.uint8, 0, classes - 1)
-        for tokens, offsets in self._sequences:
-            # in a vocabulary of 256 there is every byte, and gigabytes need not be read
-            some = tokens if vocab_size < 256 else tokens[:1]
-            _expect("tokens", some, np.uint8, 0, vocab_size - 1)
-            _expect("lengths", np.diff(offsets), np.int64, 1, block_size)
-            if (len(offsets), offsets[0], offsets[-1]) != (len(self) + 1, 0, len(tokens)):
-                raise ValueError("offsets that do not fit tokens and labels")
+            self._sequences.append((tokens, np.load(_offsets_of(path))))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -278,13 +249,12 @@ class Split:
         import torch  # loading it takes seconds, which the command above needs not spend
 
         indices = np.asarray(indices)
-        starts = np.stack([offsets[indices] for _, offsets in self._sequences], 1)  # (B, towers)
-        ends = np.stack([offsets[indices + 1] for _, offsets in self._sequences], 1)
-        lengths = ends - starts
+        lengths = np.stack([offsets[indices + 1] - offsets[indices]
+                            for _, offsets in self._sequences], 1)  # (B, towers)
         x = np.zeros((*lengths.shape, lengths.max()), np.int64)  # (B, towers, T)
-        for tower, (tokens, _) in enumerate(self._sequences):
-            for row, start, end in zip(x[:, tower], starts[:, tower], ends[:, tower]):
-                row[:end - start] = tokens[start:end]
+        for tower, (tokens, offsets) in enumerate(self._sequences):
+            for row, start, length in zip(x[:, tower], offsets[indices], lengths[:, tower]):
+                row[:length] = tokens[start:start + length]
         mask = np.arange(x.shape[-1]) < lengths[..., None]
         if len(self._sequences) == 1:
             x, mask = x[:, 0], mask[:, 0]  # (B, 1, T) -> (B, T)
@@ -292,18 +262,9 @@ class Split:
         return torch.from_numpy(x), torch.from_numpy(mask), torch.from_numpy(y)
 
 
-def _expect(what: str, array: np.ndarray, dtype: type, least: int, most: int):
-    if array.dtype != dtype or array.ndim != 1:
-        raise ValueError(f"{what} of type {array.dtype}, {array.ndim}-dimensional")
-    if array.min() < least or array.max() > most:
-        raise ValueError(f"{what} from {array.min()} to {array.max()}, expected {least} to {most}")
-
-
 def main(arguments=None):
-    usage = __doc__.split("Tasks:")[0].partition("\n")[2]
     parser = argparse.ArgumentParser(
-        description="Prepare a task of Long Range Arena.", epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", help=", ".join(TASKS))
     parser.add_argument("--data_dir", default="data", help="where prepared data is kept and "
                         "releases are looked for (default: data)")

@@ -25,7 +25,7 @@ def samples(task: str, source: Path | None, *, seed: int, block_size: int, gener
     """(split, label, sequence, ...) of every sample; an unreadable one has an empty sequence.
 
     source None: generated. scratch: a folder that may be made and filled. Raises DataError with
-    file and line, and archives.DAMAGED.
+    file and line, within archives.complete.
     """
     spec = TASKS[task]
     if source is None:

@@ -136,10 +136,7 @@ def prepare(dataset: str, data_dir: str | Path = "data", tokenizer: str = "auto"
             return _write_shakespeare(work, tokenizer)
         return _write_text(path, work, tokenizer)
 
-    try:
-        ensure(folder, fill)
-    except OSError as error:
-        raise DataError(f"cannot prepare {dataset} in {folder}: {error}") from error
+    ensure(folder, fill, dataset)
     prepared = tokens_meta(folder)["max_tokens"]
     if max_tokens and prepared != max_tokens:
         raise DataError(f"{folder} was prepared with max_tokens={prepared}, not {max_tokens}: "

@@ -11,6 +11,7 @@ A subclass that only wants another default writes `n_head: int = 2`.
 import dataclasses
 import difflib
 import functools
+import importlib
 import json
 import math
 import os
@@ -43,6 +44,14 @@ class OwnError(UserError):
 
 class DataError(UserError):
     """Data that cannot be used: the message says what is wrong, where, and what to do."""
+
+
+def need(module: str, what: str):
+    """The module. Raises UserError, which says how to install it, where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"{what} needs {e.name}: pip install -r requirements-extra.txt") from None
 
 
 def run(main: Callable[[], None]):

@@ -88,7 +88,7 @@ def test_damaged_folder_is_noticed(tmp_path):
     folder = prepare("listops", tmp_path, generate=SMALL)
     tokens = folder / "val_tokens.npy"
     tokens.write_bytes(tokens.read_bytes()[:-1])
-    with pytest.raises(DataError, match="val_tokens.npy has not the size"):
+    with pytest.raises(DataError, match="val_tokens.npy is not what was prepared"):
         load(folder)
     tokens.unlink()
     with pytest.raises(DataError, match="prepare it again"):
@@ -104,42 +104,31 @@ def overwrite(array, index, value):
     numbers.flush()
 
 
-@pytest.mark.parametrize("name, index, value, words", [
-    ("train_tokens", 7, 3, ""),  # a digit, but another one
-    ("train_tokens", 7, 15, "tokens from 0 to 15, expected 0 to 14"),
-    ("test_labels", 2, 10, "labels from . to 10, expected 0 to 9"),
-    ("val_labels", slice(None), 7, "baselines in meta.json"),
-    ("val_offsets", 0, -1, "offsets that do not fit"),
-    ("val_offsets", -1, 10**6, "lengths from .* to .*, expected 1 to 2000"),
-    ("val_offsets", 3, 0, "lengths from .* to .*, expected 1 to 2000"),
+@pytest.mark.parametrize("name, index, value", [
+    ("train_tokens", 7, 3),  # a digit, but another one
+    ("test_labels", 2, 10),
+    ("val_offsets", 0, -1),
 ])
-def test_an_array_overwritten_in_place_is_noticed(tmp_path, name, index, value, words):
+def test_an_array_overwritten_in_place_is_noticed(tmp_path, name, index, value):
     folder = prepare("listops", tmp_path, generate=SMALL)
     before = np.load(folder / f"{name}.npy")[index]
     overwrite(folder / f"{name}.npy", index, value)
     assert (before != np.load(folder / f"{name}.npy")[index]).any()
     with pytest.raises(DataError, match=f"{name}.npy is not what was prepared: delete"):
         load(folder)
-    meta = json.loads((folder / "meta.json").read_text())
-    del meta["sha256"], meta["samples"]  # as earlier versions wrote it
-    (folder / "meta.json").write_text(json.dumps(meta))
-    if words:
-        with pytest.raises(DataError, match=words):
-            load(folder)
     overwrite(folder / f"{name}.npy", index, before)
-    assert load(folder)[0] == meta
+    load(folder)
     damaged = bytearray((folder / f"{name}.npy").read_bytes())
-    damaged[10] = ord("(")  # of the header: numpy's parser raises a TokenError
+    damaged[10] = ord("(")  # of the header
     (folder / f"{name}.npy").write_bytes(damaged)
-    with pytest.raises(DataError, match="is not a prepared folder"):
+    with pytest.raises(DataError, match=f"{name}.npy is not what was prepared: delete"):
         load(folder)
 
 
 @pytest.mark.parametrize("change", [
-    {"sizes": None}, {"sizes": [1]}, {"sizes": {"train_labels.npy": "1"}}, {"sha256": 5},
-    {"sha256": {"train_labels.npy": 5}}, {"task": None}, {"task": []},
+    {"sha256": 5}, {"sha256": {"train_labels.npy": 5}}, {"task": None}, {"task": []},
     {"task": "text"}, {"classes": "10"}, {"classes": 10**9}, {"vocab_size": None}, {"towers": 2},
-    {"block_size": "2000"}, {"block_size": None}, {"counts": {"train": 40}}, {"counts": 5},
+    {"counts": {"train": 40}}, {"counts": 5},
     {"baselines": {}}, {"baselines": {"majority": 1, "root": []}}, {"cut": 5},
     {"cut": {"train": "1", "val": 0, "test": 0}}, {"cut": {}},
 ])
@@ -153,9 +142,8 @@ def test_meta_of_wrong_types_is_one_line(tmp_path, change):
     for key in change:
         del meta[key]
     (folder / "meta.json").write_text(json.dumps(meta))
-    if "sha256" not in change:
-        with pytest.raises(DataError, match="prepare it again"):
-            load(folder)
+    with pytest.raises(DataError, match="prepare it again"):
+        load(folder)
 
 
 def test_batch_against_the_arrays(tmp_path):
@@ -176,7 +164,7 @@ def test_batch_against_the_arrays(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["lisops"], "unknown task 'lisops': do you mean listops?"),
+    (["lisops"], "unknown task 'lisops': did you mean listops?"),
     (["listops", "--block_size=0"], "block_size=0 must be at least 1"),
     (["listops", "--generate", "train=0"], "train=0 must be a number of samples"),
     (["listops", "--generate", "trees=5"], "no option trees=5; take train, val, test, max_depth"),
