@@ -39,7 +39,8 @@ def complete(source: Path | None):
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
-        raise DataError(f"{source} is not a complete archive ({error}): download it again") from None
+        raise DataError(f"{source} is not a complete archive ({error}): "
+                        "download it again") from None
 
 
 def find(release: Release, data_dir: Path) -> Path:

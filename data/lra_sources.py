@@ -45,7 +45,7 @@ def _generate_listops(task, seed, counts, options, block_size):
     _check_options(task, options, ["max_depth", "max_args", "min_length", "max_length"])
     seen = set()
     for split in "test", "val", "train":  # so that the test set is the same for any training set
-        tokens, offsets, labels, _ = listops.generate(
+        tokens, offsets, labels = listops.generate(
             counts[split], seed=_seed(seed, split), exclude=seen, **options)
         for label, start, end in zip(labels, offsets[:-1], offsets[1:]):
             tree = tokens[start:end].tobytes()

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from data import listops
 from data.folders import ensure
 from data.lra import SPLITS, Split, load, main, prepare
 from engine import options
 from engine.options import DataError
 from lra_archives import stored
+from test_data_listops import value_of
 
 SMALL = dict(train=40, val=10, test=10, min_length=3, max_length=20, max_depth=4, max_args=3)
 
@@ -28,7 +28,7 @@ def test_listops_generated_splits_share_no_tree(tmp_path):
     result = stored(prepare("listops", tmp_path, generate=few))
     assert [len(result[split]) for split in SPLITS] == [500, 100, 100]
     assert len({tree for split in SPLITS for _, tree in result[split]}) == 700
-    assert all(listops.evaluate(list(tree)) == label
+    assert all(value_of(tree) == label
                for split in SPLITS for label, tree in result[split])
     more = stored(prepare("listops", tmp_path, generate={**few, "train": 600}))
     assert more["test"] == result["test"] and len(more["train"]) == 600

@@ -20,6 +20,7 @@ from data import listops, lra
 from engine import checkpoint, options, trainer
 from engine.device import Compute
 from precond import condition_number, record
+from test_data_listops import value_of
 
 MODEL = "--n_embd=16 --n_inner=24 --n_layer=2 --n_head=2 --landmarks=5 --device=cpu".split()
 TREES = ("--n_train=150 --n_val=41 --n_test=43 --min_length=3 --max_length=20 --max_depth=4 "
@@ -240,7 +241,7 @@ def test_show_listops(trained, call):
     expected = []
     for i, prediction in enumerate(one_by_one(model, split)[:6]):
         x, _, y = split.batch([i])
-        label = listops.evaluate(x[0].tolist())
+        label = value_of(x[0].tolist())
         assert label == y
         wrong = "  (wrong)" * (prediction != label)
         text = listops.to_text(x[0].numpy())
