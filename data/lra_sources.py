@@ -14,10 +14,11 @@ import numpy as np
 
 from data import cifar, listops, pathfinder
 from data.archives import Release, files, inner_folder, lines, read_label
-from engine.options import DataError
+from engine.options import DataError, need
 
 SPLITS = ("train", "val", "test")
 GENERATED_AT_ONCE = 2**28  # pixels
+READING = "reading Pathfinder's PNGs"
 
 
 def samples(task: str, source: Path | None, *, seed: int, block_size: int, generate: dict | None,
@@ -88,74 +89,72 @@ def _check_size(task: str, pixels: int, block_size: int):
 # Released
 
 
-def _read_listops(task, source, seed, scratch):
-    for name, file in files(source, TASKS[task].release):
-        split = name.removeprefix("basic_").removesuffix(".tsv")
+def _rows(source: Path, release: Release, width: int, expected: str) -> Iterator[tuple]:
+    """(file's name, line's number, columns) of files whose columns have tabs between them."""
+    for name, file in files(source, release):
         for number, line in enumerate(lines(file, name), 1):
-            where = f"{name}, line {number}"
             columns = line.split(b"\t")
-            if number == 1:
-                if columns != [b"Source", b"Target"]:
-                    raise DataError(f"{where}: expected the header Source<TAB>Target, "
-                                    f"got {line[:60]!r}")
-                continue
-            if len(columns) != 2:
-                raise DataError(f"{where}: expected an expression, a tab and a label, "
-                                f"got {line[:60]!r}")
-            expression, label = columns
-            label = read_label(label, TASKS[task].classes, where)
-            try:
-                tree = listops.tokenize(expression.decode("ascii", "replace"))
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from None
-            yield split, label, tree.tobytes()
+            if len(columns) != width:
+                raise DataError(f"{name}, line {number}: expected {expected}, got {len(columns)} "
+                                "fields")
+            yield name, number, columns
+
+
+def _read_listops(task, source, seed, scratch):
+    spec = TASKS[task]
+    expected = "an expression, a tab and a label"
+    for name, number, columns in _rows(source, spec.release, 2, expected):
+        where = f"{name}, line {number}"
+        if number == 1:
+            if columns != [b"Source", b"Target"]:
+                raise DataError(f"{where}: expected the header Source<TAB>Target, "
+                                f"got {str(columns)[:60]}")
+            continue
+        expression, label = columns
+        try:
+            tree = listops.tokenize(expression.decode("ascii", "replace"))
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        split = name.removeprefix("basic_").removesuffix(".tsv")
+        yield split, read_label(label, spec.classes, where), tree.tobytes()
 
 
 def _read_text(task, source, seed, scratch):
-    reviews = {}
+    reviews = {"train": [], "test": []}
     for name, file in files(source, TASKS[task].release):
         if re.fullmatch(r"(train|test)/(pos|neg)/\d+_\d+\.txt", name):
-            reviews[name] = int("/pos/" in name), file.read()
-    splits = {"train": [], "test": []}
-    for name in sorted(reviews):  # archive and folder have different orders
-        splits[name.split("/")[0]].append(reviews[name])
-    for split, samples in splits.items():
-        positive = sum(label for label, _ in samples)
-        negative = len(samples) - positive
+            reviews[name.split("/")[0]].append((name, int("/pos/" in name), file.read()))
+    for split, found in reviews.items():
+        found.sort()  # archive and folder have different orders
+        positive = sum(label for _, label, _ in found)
+        negative = len(found) - positive
         if positive != negative:  # the release is balanced: an interrupted unpacking is not
             raise DataError(f"{source}: {split} holds {positive:,} positive and {negative:,} "
                             "negative reviews, not as many of both: unpack the archive again")
-    yield from _hold_out(splits["train"], ("val",), seed)
-    for sample in splits["test"]:
-        yield "test", *sample
+    for split, _, label, review in _split(reviews["train"], reviews["test"], seed):
+        yield split, label, review
 
 
 def _read_retrieval(task, source, seed, scratch):
     spec = TASKS[task]
-    for name, file in files(source, spec.release):
-        split = SPLITS[spec.release.parts.index(name)]
-        for number, line in enumerate(lines(file, name), 1):
-            where = f"{name}, line {number}"
-            columns = line.split(b"\t")
-            if len(columns) != 5:
-                raise DataError(f"{where}: expected label, id1, id2, text1, text2 with tabs "
-                                f"between them, got {len(columns)} fields")
-            label, _, _, text1, text2 = columns
-            yield split, read_label(label, spec.classes, where), text1, text2
+    expected = "label, id1, id2, text1, text2 with tabs between them"
+    for name, number, columns in _rows(source, spec.release, 5, expected):
+        label, _, _, text1, text2 = columns
+        label = read_label(label, spec.classes, f"{name}, line {number}")
+        yield SPLITS[spec.release.parts.index(name)], label, text1, text2
 
 
 def _read_image(task, source, seed, scratch):
     """Grey = 0.299 R + 0.587 G + 0.114 B, cut to an integer, in exact arithmetic."""
     (_, train), (_, test) = cifar.cifar10(source)
-    samples = [*_hold_out(train, ("val",), seed), *(("test", *sample) for sample in test)]
-    for split, label, image in samples:
+    for split, label, image in _split(train, test, seed):
         red, green, blue = image.astype(np.uint32)
         grey = (299 * red + 587 * green + 114 * blue) // 1000
         yield split, label, grey.astype(np.uint8).tobytes()
 
 
 def _read_pathfinder(task, source, seed, scratch):
-    _pillow()  # before gigabytes are read
+    need("PIL.Image", READING)  # before gigabytes are read
     spec = TASKS[task]
     if source.is_dir():
         root = inner_folder(source, spec.release) or source
@@ -206,7 +205,7 @@ def read_png(path: Path, pixels: int) -> bytes:
 
     Raises DataError where the image has not that many pixels of 8 bits, or pillow is missing.
     """
-    pillow = _pillow()
+    pillow = need("PIL.Image", READING)
     if not path.is_file():  # a pipe would wait for its writer
         return b""
     try:
@@ -221,13 +220,11 @@ def read_png(path: Path, pixels: int) -> bytes:
                     "this task")
 
 
-def _pillow():
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError("reading Pathfinder's PNGs needs pillow: "
-                        "pip install -r requirements-extra.txt") from None
-    return Image
+def _split(train: list[tuple], test: list[tuple], seed: int) -> Iterator[tuple]:
+    """Put "train", "val" or "test" in front of each sample: "val" is held out of train."""
+    yield from _hold_out(train, ("val",), seed)
+    for sample in test:
+        yield "test", *sample
 
 
 def _hold_out(samples: list[tuple], parts: tuple[str, ...], seed: int) -> Iterator[tuple]:
@@ -239,8 +236,9 @@ def _hold_out(samples: list[tuple], parts: tuple[str, ...], seed: int) -> Iterat
     share = max(1, count // 10)
     split = np.full(count, "train", object)
     order = np.random.default_rng(seed).permutation(count)
-    for i, part in enumerate(parts):
-        split[order[max(0, count - (i + 1) * share):count - i * share]] = part
+    for part in parts:
+        split[order[-share:]] = part
+        order = order[:-share]
     for part, sample in zip(split, samples):
         yield part, *sample
 

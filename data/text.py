@@ -32,16 +32,9 @@ if __name__ == "__main__":  # python data/text.py looks for modules in data/
 
 from data.folders import ensure, open_file, read_meta, sha256
 from data.tokenizers import load_tokenizer
-from data.tokens import (
-    Blocks,
-    Tokens,
-    eval_blocks,
-    make_meta,
-    tokens_meta,
-    writers_for,
-)
+from data.tokens import Blocks, Tokens, eval_blocks, make_meta, writers_for
 from engine import options
-from engine.options import DataError, suggest
+from engine.options import DataError, need, suggest
 
 __all__ = ["Blocks", "SOURCES", "Source", "Tokens", "eval_blocks", "load_tokenizer", "prepare",
            "read_meta"]
@@ -137,7 +130,7 @@ def prepare(dataset: str, data_dir: str | Path = "data", tokenizer: str = "auto"
         return _write_text(path, work, tokenizer)
 
     ensure(folder, fill, dataset)
-    prepared = tokens_meta(folder)["max_tokens"]
+    prepared = read_meta(folder).get("max_tokens")
     if max_tokens and prepared != max_tokens:
         raise DataError(f"{folder} was prepared with max_tokens={prepared}, not {max_tokens}: "
                         "remove the folder to prepare it anew")
@@ -226,12 +219,8 @@ def _write_text(path: Path, folder: Path, tokenizer: str) -> dict:
 
 def _write_stream(source: Source, folder: Path, max_tokens: int | None) -> dict:
     """Tokenise a corpus, a few hundred documents at a time, an end-of-text token after each."""
-    try:
-        from datasets import load_dataset
-        from huggingface_hub.errors import HTTPError
-    except ImportError as error:
-        raise DataError(f"{source.path} needs the package {error.name}: "
-                        "pip install -r requirements-extra.txt") from None
+    load_dataset = need("datasets", source.path).load_dataset
+    HTTPError = need("huggingface_hub.errors", source.path).HTTPError
     from tqdm import tqdm
 
     def documents(split: str) -> Iterator[str]:

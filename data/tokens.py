@@ -11,12 +11,11 @@ spread evenly over it: what `Tokens` checks where reading everything would take 
     load_tokenizer(tokens.meta).decode(x[0])
 """
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from data.folders import read_meta
+from data.folders import read_meta, reading
 from data.order import Shuffled, spread
 from data.tokenizers import Tokenizer
 from engine.options import DataError
@@ -78,43 +77,6 @@ def make_meta(tokenizer: Tokenizer, writers: dict[str, Writer],
             "splits": {split: writer.meta() for split, writer in writers.items()}}
 
 
-def tokens_meta(folder: str | Path) -> dict:
-    """The meta.json of a prepared folder, see the top. Raises DataError where it is damaged."""
-    meta = read_meta(folder)
-    try:
-        sound = _is_sound(meta)
-    except (KeyError, TypeError):  # something is missing, or of another type
-        sound = False
-    if not sound:
-        raise DataError(f"the meta.json of {folder} is damaged: "
-                        "remove the folder and prepare it again")
-    return meta
-
-
-def _is_sound(meta: dict) -> bool:
-    tokenizer = meta["tokenizer"]
-    if tokenizer["name"] == "char":
-        vocab_size = len(tokenizer["chars"])
-    else:
-        vocab_size = VOCABULARIES[tokenizer["name"]]
-    counts = [meta["vocab_size"]]
-    if meta["max_tokens"] is not None:
-        counts.append(meta["max_tokens"])
-    if sorted(meta["splits"]) != ["train", "val"]:
-        return False
-    for name in "train", "val":
-        split = meta["splits"][name]
-        tokens = [shard["tokens"] for shard in split["shards"]]
-        counts += [split["tokens"], split["bytes"], *tokens]
-        files = [shard["file"] for shard in split["shards"]]
-        if sum(tokens) != split["tokens"] or not isinstance(split["sha256"], str):
-            return False
-        if any(Path(file).name != file for file in files):  # outside the folder
-            return False
-    counted = all(type(count) is int and count >= 0 for count in counts)
-    return counted and meta["vocab_size"] == vocab_size and meta["dtype"] in ("<u2", "<u4")
-
-
 def _windows(files: list[np.ndarray], starts: np.ndarray, length: int) -> np.ndarray:
     """`length` ids from each of starts (n,) in the sequence of all files -> (n, length) int64."""
     index = starts[:, None] + np.arange(length)  # (n, length)
@@ -151,19 +113,24 @@ class Tokens:
     def __init__(self, folder: str | Path, split: str):
         self.folder = Path(folder)
         self.split = split
-        self.meta = tokens_meta(folder)
-        stored = self.meta["splits"][split]
-        self.bytes = stored["bytes"]
+        self.meta = read_meta(folder)
         self.remedy = f"remove {folder} and prepare it again"
-        try:
-            self.shards = [self._map(**shard) for shard in stored["shards"]]
-            self._check(stored)
-        except OSError as error:
-            raise DataError(f"the {split} tokens in {folder} cannot be read ({error.strerror}): "
-                            "check the disk and who may read it") from error
+        with reading(folder):
+            tokenizer = self.meta["tokenizer"]
+            known = VOCABULARIES.get(tokenizer["name"]) or len(tokenizer["chars"])
+            if self.meta["vocab_size"] != known:
+                raise ValueError(f"its vocab_size is not {known}")
+            stored = self.meta["splits"][split]
+            self.bytes = int(stored["bytes"])
+            try:
+                self.shards = [self._map(**shard) for shard in stored["shards"]]
+                self._check(stored)
+            except OSError as error:
+                raise DataError(f"the {split} tokens in {folder} cannot be read "
+                                f"({error.strerror}): check the disk and who may read it") from None
 
     def __len__(self) -> int:
-        return self.meta["splits"][self.split]["tokens"]
+        return sum(map(len, self.shards))
 
     def _map(self, file: str, tokens: int) -> np.memmap:
         path = self.folder / file
@@ -174,29 +141,20 @@ class Tokens:
         return np.memmap(path, dtype, "r")
 
     def _check(self, stored: dict):
-        whole = sum(shard.nbytes for shard in self.shards) <= WHOLE
-        expected = stored["sha256"] if whole else stored.get("sample")
         sha256 = hashlib.sha256()
-        largest = 0
-        for part in self._read() if whole else [_sample(self.shards)]:
-            sha256.update(part)
-            largest = max(largest, part.max())
+        expected = stored["sha256"]
+        if sum(shard.nbytes for shard in self.shards) > WHOLE:
+            expected = stored.get("sample")
+            sha256.update(_sample(self.shards))
+        else:
+            # Not through the memory maps: what is read of these would count as this process's.
+            for shard in self.shards:
+                with open(shard.filename, "rb") as file:
+                    while block := file.read(2**20):
+                        sha256.update(block)
         if expected not in (None, sha256.hexdigest()):
             raise DataError(f"the {self.split} tokens in {self.folder} are not those that were "
                             f"prepared (their sha256 differs): {self.remedy}")
-        self._check_id(largest)
-
-    def _read(self) -> Iterator[np.ndarray]:
-        # Not through the memory maps: what is read of these would count as this process's memory.
-        for shard in self.shards:
-            for start in range(0, len(shard), 2**20):
-                offset = start * shard.itemsize
-                yield np.fromfile(shard.filename, shard.dtype, 2**20, offset=offset)
-
-    def _check_id(self, largest: int):
-        if largest >= self.meta["vocab_size"]:
-            raise DataError(f"the {self.split} tokens in {self.folder} hold {largest}, outside "
-                            f"the vocabulary of {self.meta['vocab_size']}: {self.remedy}")
 
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Windows of `length` tokens from each of starts (n,) int64 -> (n, length) int64.
@@ -209,7 +167,10 @@ class Tokens:
             raise IndexError(f"windows of {length} from {starts.min()}..{starts.max()} "
                              f"in {len(self)} tokens of {self.folder}")
         windows = _windows(self.shards, starts, length)
-        self._check_id(windows.max(initial=0))  # a large split was checked in places only
+        largest = windows.max(initial=0)
+        if largest >= self.meta["vocab_size"]:  # a large split was checked in places only
+            raise DataError(f"the {self.split} tokens in {self.folder} hold {largest}, outside "
+                            f"the vocabulary of {self.meta['vocab_size']}: {self.remedy}")
         return windows
 
 

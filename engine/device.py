@@ -42,23 +42,19 @@ class ComputeConfig(Options):
 
 def pick_device(name: str) -> torch.device:
     """"auto" -> cuda > mps > cpu. Raises UserError for a device that is absent or unknown."""
-    cuda = torch.cuda.device_count()
-    mps = torch.backends.mps.is_available()
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),
+             "cpu": 1}
     if name == "auto":
-        name = "cuda" if cuda else "mps" if mps else "cpu"
+        name = next(kind for kind, count in there.items() if count)
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device={name} is not a device: choose auto, cpu, cuda, cuda:0, ... "
+        count = there[device.type]
+    except (KeyError, RuntimeError):
+        raise UserError(f"--device={name} is not supported: choose auto, cpu, cuda, cuda:0, ... "
                         "or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device={name} is not supported: choose auto, cpu, cuda or mps")
-    if device.type == "cuda" and (device.index or 0) >= cuda:
-        raise UserError(f"--device={name} asked for, but PyTorch sees {cuda} CUDA GPUs: use "
+    if count <= (device.index or 0):
+        raise UserError(f"--device={name} asked for, but PyTorch sees {count} of this kind: use "
                         "--device=cpu or --device=auto")
-    if device.type == "mps" and not mps:
-        raise UserError("--device=mps asked for, but this machine has none: use --device=cpu or "
-                        "--device=auto")
     return device
 
 
@@ -306,26 +302,20 @@ class Compute:
         return values
 
     def random_state(self) -> dict[str, torch.Tensor]:
+        """{"cpu": that of the CPU, and "cuda" or "mps": that of the GPU}."""
         state = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.device)
-        if self.device.type == "mps":
-            state["mps"] = torch.mps.get_rng_state()
+        if self.device.type != "cpu":
+            state[self.device.type] = torch.get_device_module(self.device).get_rng_state()
         return state
 
     def set_random_state(self, state: dict[str, torch.Tensor]):
         torch.set_rng_state(state["cpu"])
-        if "cuda" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], self.device)
-        if "mps" in state and self.device.type == "mps":
-            torch.mps.set_rng_state(state["mps"])
+        if self.device.type != "cpu" and self.device.type in state:
+            torch.get_device_module(self.device).set_rng_state(state[self.device.type])
 
     def synchronize(self):
         """Wait until the device has done what it was given: before a look at the clock."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        torch.get_device_module(self.device).synchronize()
 
     def peak_memory_mb(self) -> float:
         """Peak of this process: PyTorch's on a GPU, resident memory on a CPU (MB = 2^20 bytes)."""
@@ -334,7 +324,7 @@ class Compute:
         if self.device.type == "mps":
             return torch.mps.driver_allocated_memory() / 2**20
         # ru_maxrss is in bytes on macOS, in kilobytes on Linux.
-        unit = 1 if os.uname().sysname == "Darwin" else 1024
+        unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
     def matmul_peak(self, seconds: float = 0.3) -> float:
@@ -349,14 +339,14 @@ class Compute:
         out = torch.empty_like(a)
         torch.mm(a, b, out=out)
         self.synchronize()
-        best = float("inf")
+        taken = []
         end = time.perf_counter() + seconds
-        while best == float("inf") or time.perf_counter() < end:
+        while not taken or time.perf_counter() < end:
             start = time.perf_counter()
             torch.mm(a, b, out=out)
             self.synchronize()
-            best = min(best, time.perf_counter() - start)
+            taken.append(time.perf_counter() - start)
         if self.device.type == "cuda":
             del a, b, out
             torch.cuda.reset_peak_memory_stats(self.device)
-        return 2 * n**3 / best
+        return 2 * n**3 / min(taken)

@@ -21,7 +21,7 @@ import textwrap
 import tomllib
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from engine.nanogpt_names import answer
 from engine.values import BOOLEANS, convert, fits, not_among, suggest, type_name
@@ -47,11 +47,12 @@ class DataError(UserError):
 
 
 def need(module: str, what: str):
-    """The module. Raises UserError, which says how to install it, where it is missing."""
+    """The module. Raises DataError, which says how to install it, where it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise UserError(f"{what} needs {e.name}: pip install -r requirements-extra.txt") from None
+        raise DataError(f"{what} needs the package {e.name}: "
+                        "pip install -r requirements-extra.txt") from None
 
 
 def run(main: Callable[[], None]):
@@ -163,22 +164,22 @@ class Option:
     checks: tuple[Callable, ...]
 
     @property
+    def kind(self) -> Any:
+        """Its type; of `one_of` the names as they are now."""
+        for check in self.checks:
+            if hasattr(check, "names"):
+                return Literal[tuple(check.names)]
+        return self.type
+
+    @property
     def choices(self) -> str:
         """The values it takes, where it does not take all of a type."""
-        if names := self.names():
-            return " or ".join(names)
-        return type_name(self.type) if get_origin(self.type) is not None else ""
-
-    def names(self) -> Collection[str]:
-        return next((check.names for check in self.checks if hasattr(check, "names")), ())
+        return type_name(self.kind) if get_origin(self.kind) else ""
 
     def convert(self, name: str, text: str) -> Any:
         """The value that `text` stands for. Raises UserError, in which it is called `name`."""
-        names = self.names()
-        if names and (wrong := not_among(name, text, names)):
-            raise UserError(wrong)
         try:
-            return convert(name, text, self.type)
+            return convert(name, text, self.kind)
         except ValueError as e:
             raise UserError(str(e)) from None
 
@@ -335,10 +336,8 @@ def read_toml(path: Path, known: dict[str, Option]) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        there = [p.name for p in Path("config").glob("*.toml")]
-        near = difflib.get_close_matches(path.name, there, n=1)
-        hint = f": did you mean config/{near[0]}?" if near else ""
-        raise UserError(f"no preset {path}{hint}") from None
+        near = suggest(f"config/{path.name}", list(map(str, Path("config").glob("*.toml"))))
+        raise UserError(f"no preset {path}: {near}see the folder config") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise UserError(f"cannot read the preset {path}: {e}") from None
     for key, value in values.items():
@@ -359,10 +358,8 @@ def print_help(doc: str, known: dict[str, Option]):
         default = str(option.default).replace("\n", "\\n")
         head = f"  --{option.name}={default}"
         choices = f" [{option.choices}]" if option.choices else ""
-        lines = textwrap.wrap(option.help + choices, width - left - 1)
         if len(head) >= left:
             print(head)
             head = ""
-        for line in lines:
-            print(f"{head:<{left}} {line}")
-            head = ""
+        print(textwrap.fill(option.help + choices, width, initial_indent=f"{head:<{left}} ",
+                            subsequent_indent=" " * (left + 1)))

@@ -100,7 +100,7 @@ def assemble(config: ModelConfig, vocab_size: int, weights: dict, source: str | 
 
     Whatever a configuration asks for, it is compared with the weights before it takes memory.
     """
-    layers = sum(str(name).endswith(".ln_1.weight") for name in weights)
+    layers = count_layers(weights)
     if config.n_layer > layers:
         raise UserError(f"{source} asks for n_layer={config.n_layer} and has weights for {layers}: "
                         "it is damaged")
@@ -117,6 +117,10 @@ def assemble(config: ModelConfig, vocab_size: int, weights: dict, source: str | 
     if not finite:
         raise UserError(f"{source} has weights that are not finite numbers: use another model")
     return model
+
+
+def count_layers(weights: dict) -> int:
+    return sum(str(name).endswith(".ln_1.weight") for name in weights)
 
 
 def read_tokenizer(source: str, vocab_size: int) -> dict | None:
@@ -197,22 +201,17 @@ def hugging_face_name(key: str) -> str:
 
 def download(name: str) -> Path:
     """Fetch a published GPT-2 into huggingface_hub's cache and return its folder."""
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise UserError(f"downloading {name} needs huggingface_hub: "
-                        "pip install -r requirements-extra.txt") from None
+    huggingface_hub = options.need("huggingface_hub", f"downloading {name}")
     repository = HUB[name]
-    files = "model.safetensors", "config.json"
+    files = "config.json", "model.safetensors"
     cached = [huggingface_hub.try_to_load_from_cache(repository, file) for file in files]
     if all(isinstance(path, str) for path in cached):
-        return Path(cached[1]).parent
+        return Path(cached[0]).parent
     try:
         # Asked once: without a network hf_hub_download would try for half a minute.
-        url = huggingface_hub.hf_hub_url(repository, files[0])
+        url = huggingface_hub.hf_hub_url(repository, files[1])
         huggingface_hub.get_hf_file_metadata(url, timeout=10)
-        paths = [huggingface_hub.hf_hub_download(repository, file) for file in files]
-        return Path(paths[1]).parent
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=files))
     except (OSError, huggingface_hub.errors.HTTPError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"cannot download {repository} from the Hugging Face hub ({reason}): "
@@ -253,11 +252,13 @@ def read_shapes(config: dict, path: Path) -> dict:
         if config.get(key, default) not in allowed:
             raise UserError(f"{path}: {key}={config.get(key)!r}, but model.py computes "
                             f"{key}={allowed[0]!r}: use another model")
-    shapes = {ours: config.get(theirs) for ours, theirs in SIZES.items()}
-    for key, size in shapes.items():
+    shapes = {}
+    for ours, theirs in SIZES.items():
+        size = config.get(theirs)
         if type(size) is not int or not 1 <= size <= LARGEST:
-            raise UserError(f"{path}: {SIZES[key]}={repr(size)[:40]} must be a positive integer, "
+            raise UserError(f"{path}: {theirs}={repr(size)[:40]} must be a positive integer, "
                             f"at most {LARGEST:,}")
+        shapes[ours] = size
     n_embd = shapes["n_embd"]
     if config.get("n_inner") not in (None, 4 * n_embd):
         raise UserError(f"{path}: n_inner={config['n_inner']}, but model.py computes "
@@ -269,12 +270,9 @@ def read_shapes(config: dict, path: Path) -> dict:
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of model.safetensors, or of the files that model.safetensors.index.json lists."""
-    try:
-        import safetensors
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError(f"reading {folder} needs safetensors: "
-                        "pip install -r requirements-extra.txt") from None
+    safetensors = options.need("safetensors", f"reading {folder}")
+    from safetensors.torch import load_file
+
     names = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not (folder / names[0]).exists():
@@ -313,25 +311,25 @@ def convert(tensors: dict[str, torch.Tensor], shapes: dict, folder: Path
             ) -> dict[str, torch.Tensor]:
     """Their names and layout -> those of model.GPT, checked against it tensor by tensor."""
     tensors = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
-    layers = sum(name.endswith(".ln_1.weight") for name in tensors)
-    if shapes["n_layer"] > layers:  # before so many are made
-        raise UserError(f"{folder} has no tensor h.{layers}.ln_1.weight: it is incomplete or not "
-                        "a GPT-2")
-    sizes = {key: value for key, value in shapes.items() if key != "vocab_size"}
+    sizes = dict(shapes)
+    vocab_size = sizes.pop("vocab_size")
+    sizes["n_layer"] = min(sizes["n_layer"], count_layers(tensors) + 1)  # make no more than needed
     with torch.device("meta"):
-        gpt = GPT(ModelConfig(**sizes), shapes["vocab_size"])
+        gpt = GPT(ModelConfig(**sizes), vocab_size)
     state = {}
     for key, expected in gpt.state_dict().items():
         name = hugging_face_name(key)
         if name not in tensors:
             raise UserError(f"{folder} has no tensor {name}: it is incomplete or not a GPT-2")
         tensor = tensors.pop(name)
+        shape = expected.shape
         if ".c_" in name:
-            expected = expected.t()
-        if tensor.shape != expected.shape or not tensor.is_floating_point():
+            shape = shape[::-1]
+        if tensor.shape != shape or not tensor.is_floating_point():
             raise UserError(f"{folder}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, "
-                            f"but config.json asks for floats of shape {tuple(expected.shape)}: "
+                            f"but config.json asks for floats of shape {tuple(shape)}: "
                             "the two do not belong together")
+        # A bias is the same either way.
         state[key] = (tensor.t() if ".c_" in name else tensor).float().contiguous()
     head = tensors.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head.float(), state["wte.weight"]):

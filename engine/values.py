@@ -1,4 +1,5 @@
 """The values of options: of what type they are, and what a typed word stands for."""
+import contextlib
 import difflib
 import types
 from collections.abc import Collection
@@ -8,45 +9,40 @@ BOOLEANS = {"true": True, "1": True, "yes": True, "on": True,
             "false": False, "0": False, "no": False, "off": False}
 
 
+def members(kind: Any) -> tuple:
+    """The types of a union, or the one type."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
 def type_name(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " or ".join(get_args(kind))
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(map(type_name, get_args(kind)))
-    return kind.__name__
+    names = []
+    for member in members(kind):
+        names += get_args(member) or [member.__name__]
+    return " or ".join(names)
 
 
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value is of an option's type; a whole number is a float too."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) in (Union, types.UnionType):
-        return any(fits(value, member) for member in get_args(kind))
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+    for member in members(kind):
+        if value in get_args(member):  # of a Literal
+            return True
+        if type(value) is member or (type(value) is int and member is float):
+            return True
+    return False
 
 
 def convert(name: str, text: str, kind: Any) -> Any:
     """The string `text` as a `kind`. Raises ValueError, in which it is called `name`."""
-    if get_origin(kind) in (Union, types.UnionType):
-        for member in get_args(kind):
-            try:
-                return convert(name, text, member)
-            except ValueError:
-                continue
-    elif get_origin(kind) is Literal:
-        if wrong := not_among(name, text, get_args(kind)):
-            raise ValueError(wrong)
-        return text
-    elif kind is bool:
-        if text.lower() in BOOLEANS:
+    for member in members(kind):
+        if text in get_args(member):
+            return text
+        if member is bool and text.lower() in BOOLEANS:
             return BOOLEANS[text.lower()]
-    else:
-        try:
-            return kind(text)
-        except ValueError:
-            pass
+        if member in (int, float, str):
+            with contextlib.suppress(ValueError):
+                return member(text)
+    if get_origin(kind) is Literal:
+        raise ValueError(not_among(name, text, get_args(kind)))
     choose = ": choose True or False" if kind is bool else ""
     raise ValueError(f"{name}={text!r} is not of type {type_name(kind)}{choose}")
 
