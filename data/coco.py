@@ -20,6 +20,7 @@ from reprlib import repr as shortened
 
 import numpy as np
 
+from data.folders import open_file
 from engine.options import DataError
 
 try:
@@ -142,8 +143,8 @@ class Annotations:
         for image in self.images.values():
             self._check_image(image)
         for category in self.categories.values():
-            if not isinstance(category.get("name"), str):
-                raise self._wrong("category", category, "name", "a text")
+            self._demand(isinstance(category.get("name"), str), "category", category, "name",
+                         "a text")
         for annotation in self._by_id(content, "annotations").values():
             self._check_annotation(annotation)
             if masks:
@@ -154,16 +155,14 @@ class Annotations:
         self.folder = self._folder(source)
 
     def _read(self):
-        if not self.path.is_file():
-            raise DataError(f"{self.path} is not a file")
         try:
-            return json.loads(self.path.read_bytes())  # finds out which UTF it is
+            with open_file(self.path) as file:
+                return json.load(file)  # finds out which UTF it is
         except OSError as e:
             raise DataError(f"cannot read {self.path}: {e.strerror}") from None
-        except UnicodeDecodeError as e:
-            raise DataError(f"{self.path} is not text in UTF-8 ({e}): convert it") from None
         except (ValueError, RecursionError) as e:
-            raise DataError(f"{self.path} is not valid JSON ({e}): download it again") from None
+            raise DataError(f"{self.path} is not valid JSON in UTF-8 ({e}): convert it, or "
+                            "download it again") from None
 
     def _by_id(self, content, kind: str) -> dict[int, dict]:
         """The records of one of the file's lists."""
@@ -181,36 +180,37 @@ class Annotations:
             by_id[key] = record
         return by_id
 
-    def _wrong(self, kind: str, record: dict, field: str, expected: str) -> DataError:
-        value = shortened(record[field]) if field in record else "(missing)"
-        return DataError(f"{self.path}: {kind} {record['id']}: {field} {value} is not {expected}")
+    def _demand(self, sound: bool, kind: str, record: dict, field: str, expected: str):
+        """Raises DataError unless a record's field is sound."""
+        if not sound:
+            value = shortened(record[field]) if field in record else "(missing)"
+            raise DataError(f"{self.path}: {kind} {record['id']}: {field} {value} is not "
+                            f"{expected}")
 
     def _check_image(self, image: dict):
-        for field in ("width", "height"):
-            if type(image.get(field)) is not int or not 1 <= image[field] <= LARGEST_SIDE:
-                raise self._wrong("image", image, field,
-                                  f"a whole number from 1 to {LARGEST_SIDE}")
+        for field in "width", "height":
+            side = image.get(field)
+            self._demand(type(side) is int and 1 <= side <= LARGEST_SIDE, "image", image, field,
+                         f"a whole number from 1 to {LARGEST_SIDE}")
         # Links are followed: who owns the disk made them. A name comes from whoever made the file.
         name = image.get("file_name")
         path = PurePath(name if isinstance(name, str) else "")
-        if not path.name or path.anchor or ".." in path.parts:
-            raise self._wrong("image", image, "file_name", "a name inside the folder of images")
+        self._demand(path.name and not path.anchor and ".." not in path.parts, "image", image,
+                     "file_name", "a name inside the folder of images")
 
     def _check_annotation(self, a: dict):
-        for field, kind in (("category_id", "categories"), ("image_id", "images")):
+        for field, kind in ("category_id", "categories"), ("image_id", "images"):
             records = getattr(self, kind)
             if type(a.get(field)) is not int or a[field] not in records:
                 known = shortened(tuple(sorted(records)))
-                raise self._wrong("annotation", a, field,
-                                  f"the id of one of the file's {len(records)} {kind} {known}")
+                self._demand(False, "annotation", a, field,
+                             f"the id of one of the file's {len(records)} {kind} {known}")
         box = a.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
-            raise self._wrong("annotation", a, "bbox",
-                              "four finite numbers: x, y, width, height")
-        if not is_number(a.get("area", 0), low=0):
-            raise self._wrong("annotation", a, "area", "a finite number of at least 0")
-        if a.get("iscrowd", 0) not in (0, 1):
-            raise self._wrong("annotation", a, "iscrowd", "0 or 1")
+        self._demand(isinstance(box, list) and len(box) == 4 and all(map(is_number, box)),
+                     "annotation", a, "bbox", "four finite numbers: x, y, width, height")
+        self._demand(is_number(a.get("area", 0), low=0), "annotation", a, "area",
+                     "a finite number of at least 0")
+        self._demand(a.get("iscrowd", 0) in (0, 1), "annotation", a, "iscrowd", "0 or 1")
 
     def _check_mask(self, a: dict):
         """Make sure of polygons; leave run lengths of both forms as pycocotools' own."""
@@ -218,16 +218,14 @@ class Annotations:
         h, w = image["height"], image["width"]
         shape = a.get("segmentation")
         if isinstance(shape, dict):
-            if shape.get("size") != [h, w]:
-                raise self._wrong("annotation", a, "segmentation",
-                                  f"a mask of its image, whose size is {[h, w]} (height, width)")
+            self._demand(shape.get("size") == [h, w], "annotation", a, "segmentation",
+                         f"a mask of its image, whose size is {[h, w]} (height, width)")
             runs = shape.get("counts")
             if isinstance(runs, str):
                 runs = decode_runs(runs)
-            if not isinstance(runs, list) or not all(type(n) is int and n >= 0 for n in runs) \
-                    or sum(runs) != h * w:
-                raise self._wrong("annotation", a, "segmentation",
-                                  f"a mask whose run lengths, none negative, sum to {h} x {w}")
+            whole = isinstance(runs, list) and all(type(n) is int and n >= 0 for n in runs)
+            self._demand(whole and sum(runs) == h * w, "annotation", a, "segmentation",
+                         f"a mask whose run lengths, none negative, sum to {h} x {w}")
             a["segmentation"] = rle.frPyObjects({"size": [h, w], "counts": runs}, h, w)
             return
         polygons = shape if isinstance(shape, list) else []
@@ -236,10 +234,10 @@ class Annotations:
             raise DataError(f"{self.path}: annotation {a['id']} has no mask (segmentation: "
                             "polygons or run lengths): use the detect task, which needs none")
         for polygon in polygons:
-            if not all(is_number(x, -w, 2 * w) for x in polygon[::2]) \
-                    or not all(is_number(y, -h, 2 * h) for y in polygon[1::2]):
-                raise self._wrong("annotation", a, "segmentation",
-                                  f"polygons in or near their image of {w} x {h} pixels")
+            near = all(is_number(x, -w, 2 * w) for x in polygon[::2])
+            near = near and all(is_number(y, -h, 2 * h) for y in polygon[1::2])
+            self._demand(near, "annotation", a, "segmentation",
+                         f"polygons in or near their image of {w} x {h} pixels")
 
     def _folder(self, source: Path) -> Path:
         name = self.path.stem.removeprefix("instances_")
@@ -317,9 +315,7 @@ def read_image(path: Path, sides: tuple[int, int], size: int) -> tuple[np.ndarra
     """
     from PIL import ExifTags, Image, ImageOps
 
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("it is not a file")  # a pipe would be waited for
-    with Image.open(path) as file:
+    with open_file(path) as opened, Image.open(opened) as file:
         picture = ImageOps.exif_transpose(file)
         if picture.size != sides:
             picture = file

@@ -7,9 +7,8 @@ SM, uniform, with 2 to max_args arguments, uniform. MED is the median truncated 
 sum modulo 10. An operator counts 2 towards the length (its name and `]`), a digit 1; trees with
 min_length < length < max_length are kept.
 
-    tokens, offsets, labels = generate(2000, seed=1)
-    tree = tokens[offsets[0]:offsets[1]]
-    to_text(tree), labels[0]    # what it says and its value
+    for tree, value in generate(2000, seed=1).items():
+        print(to_text(tree), value)
 
 One core makes some 3,000 trees of the default kind a second: candidates, most of which are too
 short or too long, grow a whole batch at a time.
@@ -35,12 +34,10 @@ _TOKENS = [bytes([i]) for i in range(len(SYMBOLS))]
 
 
 def generate(n: int, *, max_depth: int = 10, max_args: int = 10, min_length: int = 500,
-             max_length: int = 2000, seed: int, exclude=frozenset(),
-             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """n distinct trees: tokens uint8 (all trees one after the other), offsets int64 (n + 1),
-    labels uint8 (n).
+             max_length: int = 2000, seed: int, exclude=frozenset()) -> dict[bytes, int]:
+    """n distinct trees, a byte a token, each with its value.
 
-    exclude: trees to leave out, a set of the bytes of each.
+    exclude: trees to leave out.
     Raises DataError where the options are impossible or there are not n such trees to be found.
     """
     for name, value, least, most in (
@@ -51,7 +48,7 @@ def generate(n: int, *, max_depth: int = 10, max_args: int = 10, min_length: int
             why = " (min_length + 2)" if name == "max_length" else ""
             raise DataError(f"listops: {name}={value} must be an integer of at least {least}{why}, "
                             f"at most {most}")
-    found = {}  # the bytes of each tree, in the order of drawing, with its value
+    found = {}
     chunks = barren = 0
     with tqdm(total=n, unit=" trees", disable=None) as bar:
         while len(found) < n:
@@ -69,9 +66,7 @@ def generate(n: int, *, max_depth: int = 10, max_args: int = 10, min_length: int
                     f"length < {max_length}, max_depth={max_depth}, max_args={max_args}, and no "
                     f"new one in {HOPELESS * CHUNK:,} tries: allow longer or deeper trees, or ask "
                     "for fewer")
-    offsets = np.cumsum([0, *map(len, found)])
-    tokens = np.frombuffer(b"".join(found), np.uint8)
-    return tokens, offsets, np.array([*found.values()], np.uint8)
+    return found
 
 
 def _draw(rng, max_depth: int, max_args: int, min_length: int, max_length: int):
@@ -132,11 +127,11 @@ def _apply(operator: int, arguments: list[int]) -> int:
     return (arguments[(len(arguments) - 1) // 2] + arguments[len(arguments) // 2]) // 2
 
 
-def tokenize(text: str) -> np.ndarray:
-    """Text such as `( ( ( [MAX 3 ) 4 ) ] )` -> ids uint8, without parentheses. Raises DataError."""
+def tokenize(text: str) -> bytes:
+    """Text such as `( ( ( [MAX 3 ) 4 ) ] )` -> ids, without parentheses. Raises DataError."""
     try:
         symbols = text.replace("(", " ").replace(")", " ").split()
-        return np.array([_IDS[symbol] for symbol in symbols], np.uint8)
+        return bytes(_IDS[symbol] for symbol in symbols)
     except KeyError as error:
         raise DataError(f"ListOps text holds the unknown symbol {str(error)[:60]}; "
                         f"symbols are ( ) {' '.join(SYMBOLS)}") from None

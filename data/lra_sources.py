@@ -46,12 +46,10 @@ def _generate_listops(task, seed, counts, options, block_size):
     _check_options(task, options, ["max_depth", "max_args", "min_length", "max_length"])
     seen = set()
     for split in "test", "val", "train":  # so that the test set is the same for any training set
-        tokens, offsets, labels = listops.generate(
-            counts[split], seed=_seed(seed, split), exclude=seen, **options)
-        for label, start, end in zip(labels, offsets[:-1], offsets[1:]):
-            tree = tokens[start:end].tobytes()
-            seen.add(tree)
-            yield split, label, tree
+        trees = listops.generate(counts[split], seed=_seed(seed, split), exclude=seen, **options)
+        seen.update(trees)
+        for tree, value in trees.items():
+            yield split, value, tree
 
 
 def _generate_pathfinder(task, seed, counts, options, block_size):
@@ -89,9 +87,9 @@ def _check_size(task: str, pixels: int, block_size: int):
 # Released
 
 
-def _rows(source: Path, release: Release, width: int, expected: str) -> Iterator[tuple]:
+def _rows(source: Path, spec: "Spec", width: int, expected: str) -> Iterator[tuple]:
     """(file's name, line's number, columns) of files whose columns have tabs between them."""
-    for name, file in files(source, release):
+    for name, file in files(source, spec.release):
         for number, line in enumerate(lines(file, name), 1):
             columns = line.split(b"\t")
             if len(columns) != width:
@@ -102,8 +100,7 @@ def _rows(source: Path, release: Release, width: int, expected: str) -> Iterator
 
 def _read_listops(task, source, seed, scratch):
     spec = TASKS[task]
-    expected = "an expression, a tab and a label"
-    for name, number, columns in _rows(source, spec.release, 2, expected):
+    for name, number, columns in _rows(source, spec, 2, "an expression, a tab and a label"):
         where = f"{name}, line {number}"
         if number == 1:
             if columns != [b"Source", b"Target"]:
@@ -116,7 +113,7 @@ def _read_listops(task, source, seed, scratch):
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
         split = name.removeprefix("basic_").removesuffix(".tsv")
-        yield split, read_label(label, spec.classes, where), tree.tobytes()
+        yield split, read_label(label, spec.classes, where), tree
 
 
 def _read_text(task, source, seed, scratch):
@@ -131,14 +128,14 @@ def _read_text(task, source, seed, scratch):
         if positive != negative:  # the release is balanced: an interrupted unpacking is not
             raise DataError(f"{source}: {split} holds {positive:,} positive and {negative:,} "
                             "negative reviews, not as many of both: unpack the archive again")
-    for split, _, label, review in _split(reviews["train"], reviews["test"], seed):
+    for split, _, label, review in _hold_out(*reviews.values(), seed):
         yield split, label, review
 
 
 def _read_retrieval(task, source, seed, scratch):
     spec = TASKS[task]
-    expected = "label, id1, id2, text1, text2 with tabs between them"
-    for name, number, columns in _rows(source, spec.release, 5, expected):
+    form = "label, id1, id2, text1, text2 with tabs between them"
+    for name, number, columns in _rows(source, spec, 5, form):
         label, _, _, text1, text2 = columns
         label = read_label(label, spec.classes, f"{name}, line {number}")
         yield SPLITS[spec.release.parts.index(name)], label, text1, text2
@@ -147,7 +144,7 @@ def _read_retrieval(task, source, seed, scratch):
 def _read_image(task, source, seed, scratch):
     """Grey = 0.299 R + 0.587 G + 0.114 B, cut to an integer, in exact arithmetic."""
     (_, train), (_, test) = cifar.cifar10(source)
-    for split, label, image in _split(train, test, seed):
+    for split, label, image in _hold_out(train, test, seed):
         red, green, blue = image.astype(np.uint32)
         grey = (299 * red + 587 * green + 114 * blue) // 1000
         yield split, label, grey.astype(np.uint8).tobytes()
@@ -164,7 +161,7 @@ def _read_pathfinder(task, source, seed, scratch):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             with open(root / name, "wb") as out:
                 shutil.copyfileobj(file, out)
-    for split, path, label in _hold_out(read_metadata(root), ("val", "test"), seed):
+    for split, path, label in _hold_out(read_metadata(root), None, seed):
         yield split, label, read_png(path, spec.pixels)
 
 
@@ -220,27 +217,22 @@ def read_png(path: Path, pixels: int) -> bytes:
                     "this task")
 
 
-def _split(train: list[tuple], test: list[tuple], seed: int) -> Iterator[tuple]:
-    """Put "train", "val" or "test" in front of each sample: "val" is held out of train."""
-    yield from _hold_out(train, ("val",), seed)
-    for sample in test:
-        yield "test", *sample
+def _hold_out(train: list[tuple], test: list[tuple] | None, seed: int) -> Iterator[tuple]:
+    """Put "train", "val" or "test" in front of each sample.
 
-
-def _hold_out(samples: list[tuple], parts: tuple[str, ...], seed: int) -> Iterator[tuple]:
-    """Put "train" or one of `parts` in front of each sample.
-
-    Each part gets a tenth, from the end of a seeded permutation.
+    "val" is a tenth of train, from the end of a seeded permutation; where there is no test split,
+    "test" the tenth before it.
     """
-    count = len(samples)
-    share = max(1, count // 10)
-    split = np.full(count, "train", object)
-    order = np.random.default_rng(seed).permutation(count)
-    for part in parts:
-        split[order[-share:]] = part
-        order = order[:-share]
-    for part, sample in zip(split, samples):
+    share = max(1, len(train) // 10)
+    split = np.full(len(train), "train", object)
+    order = np.random.default_rng(seed).permutation(len(train))
+    split[order[-share:]] = "val"
+    if test is None:
+        split[order[-2 * share:-share]] = "test"
+    for part, sample in zip(split, train):
         yield part, *sample
+    for sample in test or ():
+        yield "test", *sample
 
 
 @dataclass(frozen=True)

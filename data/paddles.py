@@ -13,6 +13,7 @@ import numpy as np
 from engine.options import DataError
 
 SMALLEST = 0.01  # real number; far below, dividing by it overflows
+LEAST = {"contour_length": 2, "distractors": 0, "distractor_length": 0}  # others: 1
 LARGEST = {"size": 4096, "paddle_length": 64, "margin": 64, "antialias": 16}  # others: 1024
 
 
@@ -37,17 +38,14 @@ class Geometry:
         object.__setattr__(self, "margin", tuple(np.atleast_1d(self.margin).tolist()))
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
+            kinds, wanted = int, "a whole number"
+            least, most = LEAST.get(name, 1), LARGEST.get(name, 1024)
             if field.type is float:
-                most = 1 if "contrast" in name else self.size
-                if not isinstance(value, (int, float)) or not SMALLEST <= value <= most:
-                    raise DataError(f"pathfinder: {name} is {value!r}, needs a number, "
-                                    f"at least {SMALLEST}, at most {most}")
-                continue
-            least = {"contour_length": 2, "distractors": 0, "distractor_length": 0}.get(name, 1)
-            most = LARGEST.get(name, 1024)
+                kinds, wanted = (int, float), "a number"
+                least, most = SMALLEST, 1 if "contrast" in name else self.size
             for number in value if name == "margin" else [value]:
-                if not isinstance(number, int) or not least <= number <= most:
-                    raise DataError(f"pathfinder: {name} is {number!r}, needs a whole number, "
+                if not isinstance(number, kinds) or not least <= number <= most:
+                    raise DataError(f"pathfinder: {name} is {number!r}, needs {wanted}, "
                                     f"at least {least}, at most {most}")
         if self.size <= 4 * self.seed_distance:
             raise DataError(f"pathfinder: size is {self.size}, needs more than "

@@ -34,6 +34,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
@@ -57,10 +58,6 @@ RELEASED = {
 
 def geometry_of(size: int, **options) -> Geometry:
     """The released task's of this size, or Pathfinder-32's, but for `options`. Raises DataError."""
-    known = Geometry.__dataclass_fields__
-    for name in options:
-        if name not in known:
-            raise DataError(f"pathfinder: unknown option {name}; take one of {', '.join(known)}")
     released = RELEASED.get(size, Geometry())
     return replace(released, size=size, **{"distractor_length": 0, **options})
 
@@ -75,40 +72,36 @@ def generate(n: int, *, size: int = 32, seed: int, workers: int | None = None,
         this needs its __main__ guard.
     Raises DataError where the geometry is impossible.
     """
-    geometry = geometry_of(size, **options)
-    jobs = [(geometry, seed, range(first, min(first + CHUNK, n))) for first in range(0, n, CHUNK)]
+    draw = partial(_draw, geometry_of(size, **options), seed)
     images = np.empty((n, size, size), np.uint8)
     labels = np.empty(n, np.uint8)
-    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    workers = min(workers or os.cpu_count() or 1, math.ceil(n / CHUNK))
     pool = nullcontext()
     if workers > 1:  # spawned, because forking a process that runs torch's threads may hang
         # Ctrl-C reaches all processes of a terminal: this one answers it
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
                                    signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    bar = tqdm(total=n, desc="pathfinder", unit="image", disable=None)
     try:
-        with pool, bar:
-            chunks = pool.map(_draw_chunk, jobs) if workers > 1 else map(_draw_chunk, jobs)
-            for (_, _, indices), chunk in zip(jobs, chunks):
-                images[indices.start:indices.stop], labels[indices.start:indices.stop] = chunk
-                bar.update(len(indices))
+        with pool:
+            drawn = map(draw, range(n))
+            if workers > 1:
+                drawn = pool.map(draw, range(n), chunksize=CHUNK)
+            bar = tqdm(drawn, "pathfinder", n, unit="image", disable=None)
+            for i, (image, label) in enumerate(bar):
+                images[i] = image
+                labels[i] = label
     except BrokenProcessPool:
         raise DataError("pathfinder: a process that draws images was killed, perhaps for want of "
                         "memory: free some and try again") from None
     return images, labels
 
 
-def _draw_chunk(job: tuple[Geometry, int, range]) -> tuple[np.ndarray, list[int]]:
-    """(geometry, seed, indices) -> images (len(indices), size, size) uint8 and their labels."""
-    geometry, seed, indices = job
-    images, labels = [], []
-    for i in indices:
-        rng = random.Random(f"{seed} {i}")
-        label = rng.getrandbits(1)
-        stencils = make_stencils(geometry, rng.choice(geometry.margin))
-        images.append(render(stencils, *draw_scene(rng, stencils, label)))
-        labels.append(label)
-    return np.stack(images), labels
+def _draw(geometry: Geometry, seed: int, i: int) -> tuple[np.ndarray, int]:
+    """Image i, (size, size) uint8, and its label."""
+    rng = random.Random(f"{seed} {i}")
+    label = rng.getrandbits(1)
+    stencils = make_stencils(geometry, rng.choice(geometry.margin))
+    return render(stencils, *draw_scene(rng, stencils, label)), label
 
 
 def draw_scene(rng: random.Random, stencils: Stencils,

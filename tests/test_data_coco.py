@@ -185,10 +185,10 @@ def test_pipes_are_not_waited_for(source, tmp_path, capsys, soon):
     (source / "train2017" / "0.png").unlink()
     os.mkfifo(source / "train2017" / "0.png")
     prepared(source, tmp_path / "data")
-    assert "train2017/0.png: it is not a file" in capsys.readouterr().out
+    assert "train2017/0.png: a pipe or a device, not a file" in capsys.readouterr().out
     coco_folder.file_of(source).unlink()
     os.mkfifo(coco_folder.file_of(source))
-    with pytest.raises(DataError, match="instances_train2017.json is not a file"):
+    with pytest.raises(DataError, match="instances_train2017.json: a pipe or a device"):
         prepared(source, tmp_path / "other")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="there is nothing of that name to read"):

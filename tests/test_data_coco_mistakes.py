@@ -112,7 +112,7 @@ def test_bad_records(source, tmp_path, kind, changes, words):
     (b'{"images": {}}', "it has no list of images"),
     (b'{"images": [], "categories": [], "annotations": null}', "it has no list of annotations"),
     (b'{"images": ["a"]}', "'a', one of the images, has no id"),
-    ('{"images": ["\u00e9"]}'.encode("latin-1"), "is not text in UTF-8 .*: convert it"),
+    ('{"images": ["\u00e9"]}'.encode("latin-1"), "is not valid JSON in UTF-8 .*: convert it"),
     (b"[" * 100000, "is not valid JSON"),
     (b"9" * 5000, "is not valid JSON"),
     (b'{"images": [', "is not valid JSON"),

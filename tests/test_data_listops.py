@@ -9,8 +9,10 @@ from data.listops import CLOSE, MAX, MED, MIN, SM, generate, to_text, tokenize
 from engine.options import DataError
 
 
-def trees(tokens, offsets):
-    return [tokens[start:end] for start, end in zip(offsets[:-1], offsets[1:])]
+def arrays(trees: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tokens, offsets, labels, as a prepared folder keeps them."""
+    tokens = np.frombuffer(b"".join(trees), np.uint8)
+    return tokens, np.cumsum([0, *map(len, trees)]), np.array([*trees.values()], np.uint8)
 
 
 def read(symbols):
@@ -47,14 +49,12 @@ def full():
 
 
 def test_values_shapes_and_lengths_of_the_default_trees(full):
-    tokens, offsets, labels = full
-    assert tokens.dtype == labels.dtype == np.uint8 and offsets.dtype == np.int64
-    assert len(offsets) == len(labels) + 1 == 3001
+    assert len(full) == 3000
     deepest = widest = 0
-    for tree, label in list(zip(trees(tokens, offsets), labels))[:300]:
+    for tree, label in list(full.items())[:300]:
         symbols = to_text(tree).split()
         value, depth, arguments, operators = read(symbols)
-        digits = (tree < 10).sum()
+        digits = sum(token < 10 for token in tree)
         assert not symbols and value == label
         assert len(tree) == digits + 2 * operators and 500 < len(tree) < 2000
         deepest, widest = max(deepest, depth), max(widest, arguments)
@@ -63,21 +63,20 @@ def test_values_shapes_and_lengths_of_the_default_trees(full):
 
 @pytest.mark.slow
 def test_every_label_is_the_value(full):
-    tokens, offsets, labels = full
-    assert [value_of(tree) for tree in trees(tokens, offsets)] == labels.tolist()
+    assert [value_of(tree) for tree in full] == [*full.values()]
 
 
 def test_statistics_are_the_published_ones(full):
     """Within four standard errors (of these 3000) of mean length 1036, median 957, class 0 17.1%,
     class 9 16.6%."""
-    _, offsets, labels = full
+    _, offsets, labels = arrays(full)
     lengths = np.diff(offsets)
     assert lengths.mean() == pytest.approx(1036, abs=4 * 394 / 3000**0.5)
     assert np.median(lengths) == pytest.approx(957, abs=45)
     for digit, share in (0, 0.171), (9, 0.166):
         assert (labels == digit).mean() == pytest.approx(share, abs=4 * (0.17 * 0.83 / 3000) ** 0.5)
     error = (0.36 * 0.64 / 3000) ** 0.5
-    assert listops.root_baseline(full, full) == pytest.approx(0.362, abs=4 * error)
+    assert listops.root_baseline(arrays(full), arrays(full)) == pytest.approx(0.362, abs=4 * error)
 
 
 @pytest.mark.slow
@@ -94,8 +93,8 @@ def test_small_trees_follow_the_recursive_distribution():
         return 2 + sum(map(size, tree[1:])) if isinstance(tree, list) else 1
 
     reference = [tree for tree in (draw(1) for _ in range(200_000)) if 7 < size(tree) < 30]
-    tokens, offsets, _ = generate(10_000, max_depth=4, max_args=3, min_length=7,
-                                         max_length=30, seed=3)
+    tokens, offsets, _ = arrays(generate(10_000, max_depth=4, max_args=3, min_length=7,
+                                         max_length=30, seed=3))
     ours, theirs = np.diff(offsets), np.array([size(tree) for tree in reference])
     assert ours.min() == 8 and ours.max() == 29
     for length in range(8, 20):
@@ -111,32 +110,28 @@ def test_small_trees_follow_the_recursive_distribution():
 def test_seeded_distinct_and_excluding():
     options = dict(min_length=2, max_length=12, max_depth=3, max_args=3)
     first = generate(3000, seed=5, **options)
-    assert all((a == b).all() for a, b in zip(first, generate(3000, seed=5, **options)))
-    ours = {tree.tobytes() for tree in trees(*first[:2])}
-    assert len(ours) == 3000
-    other = {tree.tobytes() for tree in trees(*generate(3000, seed=6, exclude=ours, **options)[:2])}
-    assert len(other) == 3000 and not ours & other
-    assert {tree.tobytes() for tree in trees(*generate(3000, seed=6, **options)[:2])} & ours
+    assert list(first.items()) == list(generate(3000, seed=5, **options).items())
+    other = generate(3000, seed=6, exclude=first, **options)
+    assert len(first) == len(other) == 3000 and not first.keys() & other.keys()
+    assert generate(3000, seed=6, **options).keys() & first.keys()
 
 
 def test_text_and_tokens():
     tokens = tokenize("( ( ( [MAX 3 ) ( ( ( [MED 4 ) 9 ) ] ) ) ] )\r")
-    assert tokens.tolist() == [MAX, 3, MED, 4, 9, CLOSE, CLOSE] and tokens.dtype == np.uint8
-    assert to_text(tokens) == "[MAX 3 [MED 4 9 ] ]" and (tokenize(to_text(tokens)) == tokens).all()
+    assert tokens == bytes([MAX, 3, MED, 4, 9, CLOSE, CLOSE])
+    assert to_text(tokens) == "[MAX 3 [MED 4 9 ] ]" and tokenize(to_text(tokens)) == tokens
     with pytest.raises(DataError, match="unknown symbol '.AVG'"):
         tokenize("( [AVG 3")
 
 
 def test_baselines_by_hand():
-    def arrays(*samples):
-        tokens = [tokenize(text) for text, _ in samples]
-        labels = np.array([label for _, label in samples], np.uint8)
-        return np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]), labels
+    def stored(*samples):
+        return arrays({tokenize(text): label for text, label in samples})
 
-    train = arrays(("[MIN 1 2 ]", 1), ("[MIN 1 3 ]", 1), ("[MIN 2 2 ]", 2), ("[MAX 9 1 ]", 9),
+    train = stored(("[MIN 1 2 ]", 1), ("[MIN 1 3 ]", 1), ("[MIN 2 2 ]", 2), ("[MAX 9 1 ]", 9),
                    ("[SM 1 1 ]", 2), ("[SM 2 0 ]", 2))
     # MED, unseen: train's most frequent, 2
-    test = arrays(("[MIN 1 5 ]", 1), ("[MAX 0 8 ]", 8), ("[MAX 9 0 ]", 9), ("[MED 2 2 ]", 2))
+    test = stored(("[MIN 1 5 ]", 1), ("[MAX 0 8 ]", 8), ("[MAX 9 0 ]", 9), ("[MED 2 2 ]", 2))
     assert listops.root_baseline(train, test) == 3 / 4
     assert listops.majority_baseline(train[2], test[2]) == 1 / 4
 
