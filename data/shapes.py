@@ -38,29 +38,25 @@ def sample(seed: int, index: int, size: int = 64, max_objects: int = 3) -> tuple
         centre = rng.uniform(0.8 * radius, size - 0.8 * radius, 2)  # may stick out a little
         turn = rng.uniform(-TURN, TURN)
         label = int(rng.integers(len(CLASSES)))
-        low = np.maximum(centre - 1.2 * radius, 0).astype(int)
-        high = np.minimum(centre + 1.2 * radius + 1, size).astype(int)
-        window = np.s_[low[1]:high[1], low[0]:high[0]]  # all of the shape is in it
         # The shape's own coordinates: from its centre, in units of its radius, turned with it.
-        right = (x[window] - np.float32(centre[0])) / np.float32(radius)
-        down = (y[window] - np.float32(centre[1])) / np.float32(radius)
+        right = (x - float(centre[0])) / radius
+        down = (y - float(centre[1])) / radius
         cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
-        u, v = right * cos + down * sin, down * cos - right * sin
+        u = right * cos + down * sin
+        v = down * cos - right * sin
         inside = _inside(CLASSES[label], u, v)
-        seen = [np.count_nonzero(m) - np.count_nonzero(m[window] & inside) for m in masks]
-        if not inside.any() or any(n < VISIBLE * area for n, area in zip(seen, areas)):
+        left = [m & ~inside for m in masks]
+        hidden = any(m.sum() < VISIBLE * area for m, area in zip(left, areas))
+        if hidden or not inside.any():
             continue
-        for m in masks:
-            m[window] &= ~inside
+        masks = [*left, inside]
         labels.append(label)
-        areas.append(np.count_nonzero(inside))
-        masks.append(np.zeros((size, size), bool))
-        masks[-1][window] = inside
+        areas.append(inside.sum())
         light = _colour(rng)[:, None]
         pattern = _texture(rng, u, v, 2)[inside]
-        dim = np.float32(rng.uniform(0.8, 0.95)) * light
-        image[:, *window][:, inside] = np.where(pattern, light, dim)
-    image += np.float32(2 * NOISE) * (rng.random(image.shape, np.float32) - np.float32(0.5))
+        dim = rng.uniform(0.8, 0.95) * light
+        image[:, inside] = np.where(pattern, light, dim)
+    image += 2 * NOISE * (rng.random(image.shape, np.float32) - 0.5)
     pixels = image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
     return pixels, np.array(labels), np.stack(masks)
 
@@ -70,7 +66,7 @@ def _ground(rng, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     size = len(x)
     colour = rng.uniform(20, DARK) + rng.uniform(-15, 15, 3).astype(np.float32)
     slope = rng.uniform(-30, 30, (2, 1, 1)).astype(np.float32) / size
-    ramp = np.arange(size, dtype=np.float32) - np.float32(size / 2)
+    ramp = np.arange(size, dtype=np.float32) - size / 2
     image = (colour[:, None] + slope[0] * ramp)[:, None, :] + (slope[1] * ramp)[:, :, None]
     if rng.random() < 0.5:
         image += np.float32(rng.uniform(-25, 25)) * _texture(rng, x, y, size)
@@ -87,7 +83,7 @@ def _colour(rng) -> np.ndarray:
 def _texture(rng, u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
     """A bool pattern over u, v: plain, stripes, checks or dots, 2 to 4 periods in `period`."""
     kind = rng.integers(4)
-    k = np.float32(2 * np.pi * rng.uniform(2, 4) / period)
+    k = 2 * np.pi * rng.uniform(2, 4) / period
     if kind == 0:
         return np.zeros(u.shape, bool)
     if kind == 1:
@@ -107,13 +103,13 @@ def _inside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if name == "square":
         return np.maximum(abs(u), abs(v)) < 0.78
     if name == "triangle":
-        return np.maximum(-v, abs(u) * np.float32(3**0.5 / 2) + v / 2) < 0.6
+        return np.maximum(-v, abs(u) * (3**0.5 / 2) + v / 2) < 0.6
     if name == "ring":
         return abs(u * u + v * v - 0.64) < 0.36
     if name == "cross":
         return (np.minimum(abs(u), abs(v)) < 0.28) & (np.maximum(abs(u), abs(v)) < 1)
     # A star has five arms, with an edge from each tip (away = 0) to the notch beside it (away = 1).
-    angle = np.arctan2(u, v) * np.float32(5 / (2 * np.pi))
+    angle = np.arctan2(u, v) * (5 / (2 * np.pi))
     away = 2 * abs(angle - np.round(angle))
     return np.hypot(u, v) * (1 + 1.2 * away) < 1.1
 
