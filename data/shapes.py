@@ -1,6 +1,6 @@
 """Generated images for classification, detection and segmentation: textured shapes that overlap.
 
-    python data/shapes.py --out=shapes.png       # a sheet of samples
+    image, labels, masks = sample(seed=1, index=0)
 
 A sample is a pure function of (seed, index). Its 1 to `max_objects` shapes differ in class, size,
 rotation, colours and texture. They are painted one over another, and each keeps at least VISIBLE of
@@ -8,8 +8,6 @@ its area; masks and boxes are those of the visible part, as annotators draw them
 brighter than the ground and turned little, which a small model needs to learn them in the minutes
 of a default run. No colour and no texture tells a class.
 """
-import argparse
-
 import numpy as np
 
 CLASSES = ("circle", "square", "triangle", "star", "ring", "cross")
@@ -112,23 +110,3 @@ def _inside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     angle = np.arctan2(u, v) * (5 / (2 * np.pi))
     away = 2 * abs(angle - np.round(angle))
     return np.hypot(u, v) * (1 + 1.2 * away) < 1.1
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Draw a sheet of generated images.")
-    parser.add_argument("--out", default="shapes.png", help="PNG to write (default: shapes.png)")
-    path = parser.parse_args().out
-    images = np.stack([sample(0, i)[0] for i in range(48)])  # (48, 64, 64, 3)
-    sheet = images.reshape(6, 8, 64, 64, 3).swapaxes(1, 2).reshape(6 * 64, 8 * 64, 3)
-    try:
-        from PIL import Image
-
-        Image.fromarray(sheet.repeat(2, axis=0).repeat(2, axis=1)).save(path)
-    except ImportError:
-        parser.exit(2, "error: drawing needs pillow: pip install -r requirements-extra.txt\n")
-    except (OSError, ValueError) as e:
-        parser.exit(2, f"error: cannot write {path}: {e}\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,6 @@
 import numpy as np
 import pytest
 
-from conftest import shell
 from data import shapes
 
 SAMPLES = [shapes.sample(3, i) for i in range(300)]
@@ -67,18 +66,3 @@ def test_colours_do_not_tell_the_class():
     for k in range(len(shapes.CLASSES)):
         difference = means[labels == k].mean(axis=0) - means[labels != k].mean(axis=0)
         assert (abs(difference) < 4 * means.std(axis=0) / np.sqrt((labels == k).sum())).all()
-
-
-@pytest.mark.slow
-def test_the_sheet(tmp_path):
-    Image = pytest.importorskip("PIL.Image", reason="pip install -r requirements-extra.txt")
-    shell("data/shapes.py", f"--out={tmp_path / 'sheet.png'}")
-    with Image.open(tmp_path / "sheet.png") as sheet:
-        pixels = np.asarray(sheet)
-    assert pixels.shape == (768, 1024, 3)
-    image, *_ = shapes.sample(0, 9)  # the second of the second row
-    assert np.array_equal(pixels[128:256:2, 128:256:2], image)
-    for name in ("nothere/x.png", "x.abc"):
-        done = shell("data/shapes.py", f"--out={tmp_path / name}", check=False)
-        assert done.returncode == 2 and done.stderr.startswith("error: cannot write")
-        assert done.stderr.count("\n") == 1
