@@ -170,7 +170,7 @@ def read_label(value, classes: int, where: str) -> int:
     """A class as the releases write it: an integer, or the bytes 1 or 1.0. Raises DataError."""
     try:
         number = float(value)
-    except (OverflowError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         number = -1
     if number not in range(classes):
         raise DataError(f"{where}: label {repr(value)[:60]} is not one of 0 to {classes - 1}")

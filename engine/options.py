@@ -51,7 +51,7 @@ def need(module: str, what: str):
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise DataError(f"{what} needs the package {e.name}: "
+        raise DataError(f"{what} needs the package {e.name or module}: "
                         "pip install -r requirements-extra.txt") from None
 
 
