@@ -60,13 +60,9 @@ def average_precision(truth: dict, detections: list[dict], kind: str,
         evaluation.params.areaRngLbl = ["all"]
         evaluation.evaluate()
         evaluation.accumulate()
-    # (IoU threshold, recall, class); -1: a class without objects
-    precision = evaluation.eval["precision"][..., 0, -1]
-
-    def mean(p):
-        return 100 * float(p[p > -1].mean())
-
-    return {"ap": mean(precision), "ap50": mean(precision[0]), "ap75": mean(precision[5])}
+        evaluation.summarize()
+    ap, ap50, ap75, *_ = 100 * evaluation.stats
+    return {"ap": float(ap), "ap50": float(ap50), "ap75": float(ap75)}
 
 
 def index(dataset: dict) -> "COCO":
@@ -277,11 +273,12 @@ class Annotations:
     def _objects(self, image: dict, size: int) -> tuple:
         labels, boxes, masks, annotations = [], [], [], []
         w, h = image["width"], image["height"]
+        sides = np.array([w, h, w, h])
         for a in self.coco.imgToAnns[image["id"]]:
             x, y, width, height = a["bbox"]
-            self.cut += x < -1 or y < -1 or x + width > w + 1 or y + height > h + 1
-            left, right = np.clip([x / w, (x + width) / w], 0, 1)
-            top, bottom = np.clip([y / h, (y + height) / h], 0, 1)
+            corners = np.array([x, y, x + width, y + height])
+            self.cut += bool((corners < -1).any() or (corners > sides + 1).any())
+            left, top, right, bottom = np.clip(corners / sides, 0, 1)
             if right <= left or bottom <= top:
                 self.vanished += 1
                 continue
@@ -300,10 +297,10 @@ class Annotations:
                 masks.append(mask)
             labels.append(known["category_id"])
             boxes.append([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top])
-        stacked = np.array(masks, bool).reshape(-1, size, size) if self.masks else None
+        boxes = np.array(boxes, np.float32).reshape(-1, 4)
+        masks = np.array(masks, bool).reshape(-1, size, size) if self.masks else None
         record = {"image": {"width": w, "height": h}, "annotations": annotations}
-        return (np.array(labels, np.int64), np.array(boxes, np.float32).reshape(-1, 4), stacked,
-                record)
+        return np.array(labels, np.int64), boxes, masks, record
 
 
 def read_image(path: Path, sides: tuple[int, int], size: int) -> tuple[np.ndarray, bool]:

@@ -287,14 +287,14 @@ def _fill_coco(work: Path, source: Path, masks: bool, size: int) -> dict:
                             f"{size} x {size}; {len(annotations.unreadable)} of "
                             f"{len(annotations.images)} images cannot be read")
     (work / "val.json").write_text(json.dumps(make_truth(records, val.classes)))
-    if cut := train.cut + val.cut:
-        print(f"{cut:,} boxes reach outside their image and are cut there: "
-              "are they x, y, width, height?", flush=True)
-    if turned := train.turned + val.turned:
-        print(f"{turned:,} images are turned as their EXIF orientation says", flush=True)
-    if shared := len(train.files() & val.files()):
-        print(f"{shared:,} images are in both splits: the metric is not that of unseen ones",
-              flush=True)
+    for count, what in (
+            (train.cut + val.cut, "boxes reach outside their image and are cut there: are they x, "
+                                  "y, width, height?"),
+            (train.turned + val.turned, "images are turned as their EXIF orientation says"),
+            (len(train.files() & val.files()), "images are in both splits: the metric is not that "
+                                               "of unseen ones")):
+        if count:
+            print(f"{count:,} {what}", flush=True)
     empty = len(train.images) - len(train.unreadable) - n_train
     skipped = {"unreadable images": len(unreadable), "training images without objects": empty,
                f"objects without an area or too small at {size} x {size}":

@@ -171,16 +171,11 @@ def read_metadata(root: Path) -> list[tuple[Path, int]]:
     root: the folder that holds imgs and metadata. Raises DataError where its layout, a label or
     the name of a file is wrong.
     """
-    for part in "metadata", "imgs":
-        if not (root / part).is_dir():
-            raise DataError(f"no folder {root / part}: give the folder that holds imgs and "
-                            "metadata, such as pathfinder32/curv_contour_length_14")
-    # text, for all that the release calls it .npy; 2 comes before 10
+    # text, for all that the release calls it .npy
     tables = [path for path in (root / "metadata").glob("*.npy")
-              if path.stem.isdigit() and path.is_file()]
-    tables.sort(key=lambda path: (len(path.stem), path.stem))
+              if path.stem.isdecimal() and path.is_file()]
     released = []
-    for table in tables:
+    for table in sorted(tables, key=lambda path: int(path.stem)):
         for number, line in enumerate(table.read_text(errors="replace").splitlines(), 1):
             columns = line.split()  # folder, file, index, label, ...
             if len(columns) < 4 or columns[3] not in ("0", "1"):
@@ -193,7 +188,8 @@ def read_metadata(root: Path) -> list[tuple[Path, int]]:
                                 "take the metadata of the release")
             released.append((root / name, int(columns[3])))
     if not released:
-        raise DataError(f"no samples in {root / 'metadata'}: unpack the release again")
+        raise DataError(f"no samples in {root / 'metadata'}: give the folder that holds imgs and "
+                        "metadata, such as pathfinder32/curv_contour_length_14, as released")
     return released
 
 

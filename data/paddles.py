@@ -6,7 +6,6 @@ paddle, a pivot, a band and a halo are stands in pathfinder.py.
 import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
@@ -61,27 +60,65 @@ Snake = list[Paddle]
 Field = tuple[int, int]  # what is taken: the bands and the halos of all paddles, sets of pixels
 
 
-class Stencils(NamedTuple):
-    """The K paddles, relative to their pivots, and the disc.
+class Stencils:
+    """The K paddles that a geometry allows, relative to their pivots, and the disc.
 
     Drawings are arrays (side, side), side = 2 * reach + 1, with the pivot in the middle. The sets
     of pixels that go with them have bit 0 at the drawing's first corner.
     """
-    heads: list[int]
-    tails: list[int]
-    steps: list[int]  # to the next pivot
-    turns: list[list[tuple[int, int, float]]]  # what may follow: k, head from the corner, weight
-    lines: np.ndarray  # (K, side, side) brightness
-    bands: list[int]
-    halos: list[int]
-    disc: np.ndarray  # (side, side) brightness
-    clearing: int  # what a disc keeps free of distractors
-    square: int  # all pixels of a drawing
-    empty: Field  # an image without paddles: its outermost pixels, and all beyond, are taken
-    geometry: Geometry
-    reach: int
-    pad: int  # images are padded by this, so that no drawing is cut
-    width: int  # of the padded image
+
+    def __init__(self, geometry: Geometry, margin: int):
+        length, thickness = geometry.paddle_length, geometry.thickness
+        radius = length + margin
+        around = np.indices((2 * radius + 1, 2 * radius + 1)).reshape(2, -1).T - radius
+        nearest, farthest = (np.hypot(*np.abs(around + side * np.sign(around) / 2).T)
+                             for side in (-1, 1))
+        # the pixels that the circle passes through: (K, 2), as y, x
+        heads = around[(nearest < radius) & (radius < farthest)]
+        ahead = heads / np.linalg.norm(heads, axis=1, keepdims=True)
+        tails = heads - length * ahead
+        dtheta = np.arccos(np.clip(ahead @ ahead.T, -1, 1))  # (K, K)
+        weights = np.cos(np.minimum(geometry.continuity * dtheta, math.pi / 2)) ** 2
+
+        reach = max(radius + math.ceil(thickness), math.ceil(geometry.marker_radius)) + 2 * margin
+        pad = reach + margin + 1  # of images, so that no drawing is cut
+        width = geometry.size + 2 * pad  # of the padded image
+        self.geometry, self.reach, self.pad, self.width = geometry, reach, pad, width
+
+        def draw(fat: int) -> list[np.ndarray]:
+            return [stroke(tail, head, thickness + 2 * fat, reach, geometry.antialias)
+                    for tail, head in zip(tails, heads)]
+
+        def disc(fat: int) -> np.ndarray:
+            across = 2 * (geometry.marker_radius + fat)
+            return stroke((0, 0), (0, 0), across, reach, geometry.antialias)
+
+        def pixels(offsets: np.ndarray) -> list[int]:
+            return (np.rint(offsets).astype(int) @ [width, 1]).tolist()
+
+        def pixel_set(drawing: np.ndarray) -> int:
+            return sum(1 << y * width + x for y, x in np.argwhere(drawing >= 0.5).tolist())
+
+        def rim(inner: int) -> int:
+            return pixel_set(np.pad(np.zeros((width - 2 * inner,) * 2), inner, constant_values=1))
+
+        self.heads = pixels(heads)
+        self.tails = pixels(tails)
+        self.steps = pixels((length + 2 * margin) * ahead)  # to the next pivot
+        from_corner = pixels(heads + reach)
+        self.turns = []  # what may follow each: k, head from the corner, weight
+        for row in weights.tolist():
+            some = [(k, from_corner[k], weight) for k, weight in enumerate(row) if weight > 1e-4]
+            self.turns.append(some)
+        brighten = max(1, 1 / thickness)  # what is thinner than a pixel would be dark
+        self.lines = np.clip(np.stack(draw(0)) * brighten, 0, 1)  # (K, side, side) brightness
+        self.bands = [pixel_set(paddle) for paddle in draw(margin)]
+        self.halos = [pixel_set(paddle) for paddle in draw(2 * margin)]
+        self.disc = disc(0)  # (side, side) brightness
+        self.clearing = pixel_set(disc(margin))  # what a disc keeps free of distractors
+        self.square = (1 << (2 * reach + 1) * width) - 1  # all pixels of a drawing
+        # An image without paddles: its outermost pixels, and all beyond, are taken.
+        self.empty = rim(pad + 1), rim(pad + 1 + margin)
 
     def pixel(self, y: int, x: int) -> int:
         return (y + self.pad) * self.width + x + self.pad
@@ -107,54 +144,7 @@ class Stencils(NamedTuple):
         return field[0] | self.bands[k] << corner, field[1] | self.halos[k] << corner
 
 
-@lru_cache
-def make_stencils(geometry: Geometry, margin: int) -> Stencils:
-    """Every paddle that this geometry allows."""
-    length, thickness = geometry.paddle_length, geometry.thickness
-    radius = length + margin
-    around = np.indices((2 * radius + 1, 2 * radius + 1)).reshape(2, -1).T - radius
-    nearest, farthest = (np.hypot(*np.abs(around + side * np.sign(around) / 2).T)
-                         for side in (-1, 1))
-    # the pixels that the circle passes through: (K, 2), as y, x
-    heads = around[(nearest < radius) & (radius < farthest)]
-    ahead = heads / np.linalg.norm(heads, axis=1, keepdims=True)
-    tails = heads - length * ahead
-    dtheta = np.arccos(np.clip(ahead @ ahead.T, -1, 1))  # (K, K)
-    weights = np.cos(np.minimum(geometry.continuity * dtheta, math.pi / 2)) ** 2
-
-    reach = max(radius + math.ceil(thickness), math.ceil(geometry.marker_radius)) + 2 * margin
-    pad = reach + margin + 1
-    width = geometry.size + 2 * pad
-
-    def draw(fat: int) -> list[np.ndarray]:
-        return [stroke(tail, head, thickness + 2 * fat, reach, geometry.antialias)
-                for tail, head in zip(tails, heads)]
-
-    def disc(fat: int) -> np.ndarray:
-        return stroke((0, 0), (0, 0), 2 * (geometry.marker_radius + fat), reach, geometry.antialias)
-
-    def pixels(offsets: np.ndarray) -> list[int]:
-        return (np.rint(offsets).astype(int) @ [width, 1]).tolist()
-
-    def pixel_set(drawing: np.ndarray) -> int:
-        return sum(1 << y * width + x for y, x in np.argwhere(drawing >= 0.5).tolist())
-
-    def rim(inner: int) -> int:
-        return pixel_set(np.pad(np.zeros((width - 2 * inner,) * 2), inner, constant_values=1))
-
-    from_corner = pixels(heads + reach)
-    turns = []
-    for row in weights.tolist():
-        turns.append([(k, from_corner[k], weight) for k, weight in enumerate(row) if weight > 1e-4])
-    brighten = max(1, 1 / thickness)  # what is thinner than a pixel would be dark
-    return Stencils(
-        heads=pixels(heads), tails=pixels(tails), steps=pixels((length + 2 * margin) * ahead),
-        turns=turns, lines=np.clip(np.stack(draw(0)) * brighten, 0, 1),
-        bands=[pixel_set(paddle) for paddle in draw(margin)],
-        halos=[pixel_set(paddle) for paddle in draw(2 * margin)],
-        disc=disc(0), clearing=pixel_set(disc(margin)), square=(1 << (2 * reach + 1) * width) - 1,
-        empty=(rim(pad + 1), rim(pad + 1 + margin)), geometry=geometry, reach=reach,
-        pad=pad, width=width)
+make_stencils = lru_cache(Stencils)
 
 
 def stroke(tail, head, thickness: float, reach: int, antialias: int) -> np.ndarray:

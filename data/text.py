@@ -71,11 +71,10 @@ OWN_TEXT = "use a text of your own: --dataset=path/to/text.txt"
 class Source:
     """A corpus for `datasets.load_dataset(path, name)`: documents in `column`.
 
-    validation=None holds one document in HELD_OUT out of the split `train`.
+    validation=None holds one document in HELD_OUT out of the split "train".
     """
     path: str
     name: str | None = None
-    train: str = "train"
     validation: str | None = None
     column: str = "text"
 
@@ -102,8 +101,6 @@ def prepare(dataset: str, data_dir: str | Path = "data", tokenizer: str = "auto"
     data_dir = Path(data_dir)
     if max_tokens is not None and max_tokens < 1:
         raise DataError(f"max_tokens={max_tokens} must be at least 1")
-    if tokenizer not in ("auto", "char", "bytes", "gpt2"):
-        raise DataError(f"unknown tokenizer {tokenizer!r}: choose char, bytes, gpt2, or auto")
     if dataset in SOURCES:
         if tokenizer not in ("auto", "gpt2"):
             raise DataError(f"dataset {dataset} is tokenised with gpt2, not {tokenizer}: "
@@ -235,7 +232,7 @@ def _write_stream(source: Source, folder: Path, max_tokens: int | None) -> dict:
         if source.validation:
             for document in documents(source.validation):
                 yield "val", document
-        for i, document in enumerate(documents(source.train)):
+        for i, document in enumerate(documents("train")):
             held_out = not source.validation and i % HELD_OUT == 0
             yield "val" if held_out else "train", document
 

@@ -80,7 +80,7 @@ def make_meta(tokenizer: Tokenizer, writers: dict[str, Writer],
 def _windows(files: list[np.ndarray], starts: np.ndarray, length: int) -> np.ndarray:
     """`length` ids from each of starts (n,) in the sequence of all files -> (n, length) int64."""
     index = starts[:, None] + np.arange(length)  # (n, length)
-    if len(files) == 1:
+    if len(files) == 1:  # most texts: a hundred times as fast
         return files[0][index].astype(np.int64)
     windows = np.empty(index.shape, np.int64)
     ends = np.cumsum([len(file) for file in files])

@@ -1,12 +1,12 @@
 """The values of options: of what type they are, and what a typed word stands for."""
+import configparser
 import contextlib
 import difflib
 import types
 from collections.abc import Collection
 from typing import Any, Literal, Union, get_args, get_origin
 
-BOOLEANS = {"true": True, "1": True, "yes": True, "on": True,
-            "false": False, "0": False, "no": False, "off": False}
+BOOLEANS = configparser.ConfigParser.BOOLEAN_STATES  # true, 1, yes, on; false, 0, no, off
 
 
 def members(kind: Any) -> tuple:

@@ -248,7 +248,7 @@ def test_wrong_layout_is_one_line(release, tmp_path):
         file.write_text("")
     with pytest.raises(DataError, match="no samples"):
         read_released(root)
-    with pytest.raises(DataError, match="no folder .*metadata"):
+    with pytest.raises(DataError, match="no samples in .*metadata: give the folder"):
         read_released(tmp_path / "imgs")
 
 
