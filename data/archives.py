@@ -125,14 +125,16 @@ def _archive_files(source: Path, release: Release):
                 before, found, name = f"/{member.name}".rpartition(f"/{release.folder}/")
                 if not found or "__macosx" in before.lower() or copy not in (None, before):
                     continue
+                wrong = None
                 if member.name.startswith("/") or ".." in member.name.split("/"):
-                    raise DataError(f"{source}: its {member.name[:100]!r} would lie outside of the "
-                                    f"folder it is unpacked in: it is not {release.archive[0]}")
-                if member.isdir() or not _part(name, release):
+                    wrong = "would lie outside of the folder it is unpacked in"
+                elif member.isdir() or not _part(name, release):
                     continue
-                if not member.isfile() or member.issparse():
-                    raise DataError(f"{source}: its {member.name[:100]!r} is a link, a device or "
-                                    f"sparse, no plain file: it is not {release.archive[0]}")
+                elif not member.isfile() or member.issparse():
+                    wrong = "is a link, a device or sparse, no plain file"
+                if wrong:
+                    raise DataError(f"{source}: its {member.name[:100]!r} {wrong}: it is not "
+                                    f"{release.archive[0]}")
                 copy = before
                 yield name, archive.extractfile(member)
             while stream.read(2**20):  # to the end, where gzip checks that the archive is complete

@@ -21,6 +21,8 @@ ARCHIVE = ("cifar-10-python.tar.gz", "163 MiB", "https://www.cs.toronto.edu/~kri
 RELEASE = Release(ARCHIVE, "cifar-10-batches-py",
                   (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"))
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+ARRAY = ("numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
+         "numpy._core.multiarray._reconstruct")  # what makes a numpy array
 # what loading a file that is no such pickle may raise
 WRONG = (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError, MemoryError,
          OverflowError, TypeError, ValueError)
@@ -73,8 +75,6 @@ class _StandIn:
 
 class _StandIns(pickle.Unpickler):
     def find_class(self, module, name):
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return _StandIn
-        if module == "numpy" and name in ("ndarray", "dtype"):
+        if f"{module}.{name}" in ARRAY:
             return _StandIn
         raise pickle.UnpicklingError(f"nothing was run: it asks for {f'{module}.{name}'!r}")

@@ -23,22 +23,13 @@ import numpy as np
 from data.folders import open_file
 from engine.options import DataError
 
-try:
+with contextlib.suppress(ImportError):  # data/images.py says what is missing
     from pycocotools import mask as rle
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
-except ImportError:
-    rle = None
 
 LARGEST = 1e12  # number in an annotation file: NaN, Infinity and 1e999 are not below it
 LARGEST_SIDE = 65535  # of an image: its pixels can be counted in 32 bits
-
-
-def require():
-    """Raises DataError where pycocotools is missing."""
-    if rle is None:
-        raise DataError("detection and segmentation need pycocotools: "
-                        "pip install -r requirements-extra.txt")
 
 
 def average_precision(truth: dict, detections: list[dict], kind: str,

@@ -50,7 +50,7 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
     images to validate on are always the same.
     """
     if task != "classify":
-        coco.require()
+        need("pycocotools.mask", f"the task {task}")
     if not source:
         classes = list(shapes.CLASSES)
         val = Shapes(task, size, n_val, seed=0)

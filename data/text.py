@@ -318,8 +318,7 @@ def main():
     print(f"{folder}: tokenizer {meta['tokenizer']['name']}, "
           f"vocabulary {meta['vocab_size']}{limited}")
     for name, split in meta["splits"].items():
-        sampled = "; a sample is checked when a run opens it" if "sample" in split else ""
-        print(f"{name:>5}: {split['tokens']:,} tokens of {split['bytes']:,} bytes of text{sampled}")
+        print(f"{name:>5}: {split['tokens']:,} tokens of {split['bytes']:,} bytes of text")
 
 
 if __name__ == "__main__":

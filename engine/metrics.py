@@ -108,7 +108,7 @@ class MetricsLog:
         elif step >= 0:
             lines = self.path.read_bytes().splitlines(keepends=True)
             steps = [step_of(line) for line in lines]
-            whole = steps.index(None) if None in steps else len(steps)
+            whole = [*steps, None].index(None)
             if lines and not whole or any(after is not None for after in steps[whole:]):
                 raise UserError(f"{self.path} is damaged after {whole} lines: mend it or move "
                                 "it away, and resume again")

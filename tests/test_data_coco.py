@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -324,7 +325,7 @@ def test_hidden_files_are_not_read(source, tmp_path):
 
 
 def test_without_pycocotools(monkeypatch):
-    monkeypatch.setattr(coco, "rle", None)
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     with pytest.raises(DataError, match="pip install -r requirements-extra.txt"):
         images.open_data("detect", "", "data", SIZE, 1, 4)
     data = images.open_data("classify", "", "data", SIZE, 1, 4)
