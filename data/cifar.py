@@ -28,7 +28,7 @@ WRONG = (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError,
          OverflowError, TypeError, ValueError)
 
 
-def cifar10(source: Path) -> Iterator[tuple[str, list[tuple[int, np.ndarray]]]]:
+def cifar10(source: Path) -> Iterator[tuple[str, list]]:
     """("train", samples), then ("val", samples): (label, image (3, 32, 32) uint8) each.
 
     "val" is the release's test batch. source: the archive for Python, or where it was unpacked to.
@@ -42,7 +42,7 @@ def cifar10(source: Path) -> Iterator[tuple[str, list[tuple[int, np.ndarray]]]]:
     yield "val", batches[test]
 
 
-def _batch(content: bytes, name: str) -> list[tuple[int, np.ndarray]]:
+def _batch(content: bytes, name: str) -> list[tuple]:
     try:
         for opcode, argument, _ in pickletools.genops(content):
             # an index into a table that the unpickler makes as long as that: ten bytes, gigabytes

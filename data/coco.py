@@ -110,7 +110,9 @@ class Annotations:
     classes: names, in the order of category ids. What `samples` leaves out or changes is kept too:
     unreadable: images, each with the reason. turned: how many images were turned as their EXIF
     orientation says. vanished: how many objects have no area, or are too small. cut: how many boxes
-    reach outside their image.
+    reach outside their image. records: of the validation images, each with its annotations as
+    `average_precision` takes them, in pixels of the original, without those that have no area in
+    it.
     """
 
     def __init__(self, source: Path, split: str, masks: bool):
@@ -122,8 +124,9 @@ class Annotations:
                 "COCO is released, with annotations/instances_train*.json and "
                 "annotations/instances_val*.json")
         self.path, = found
-        self.masks = masks
-        self.unreadable, self.turned, self.vanished, self.cut = [], 0, 0, 0
+        self.split, self.masks = split, masks
+        self.unreadable, self.records = [], []
+        self.turned = self.vanished = self.cut = 0
         content = self._read()
         self.images = self._by_id(content, "images")
         self.categories = self._by_id(content, "categories")
@@ -167,7 +170,7 @@ class Annotations:
             by_id[key] = record
         return by_id
 
-    def _demand(self, sound: bool, kind: str, record: dict, field: str, expected: str):
+    def _demand(self, sound: bool, kind, record, field, expected):
         """Raises DataError unless a record's field is sound."""
         if not sound:
             value = shortened(record[field]) if field in record else "(missing)"
@@ -240,12 +243,11 @@ class Annotations:
         return {self.folder / image["file_name"] for image in self.images.values()}
 
     def samples(self, size: int) -> Iterator[tuple]:
-        """(image, labels, boxes, masks, record) of each readable image, squeezed to a square.
+        """(image, labels, boxes, masks) of each readable image, squeezed to a square.
 
         image: (size, size, 3) uint8. labels: (n,) int64. boxes: (n, 4) float32, centre, width and
         height in units of the image. masks: (n, size, size) bool or None. They leave out crowds
-        and objects that vanish. record: the image and its annotations as `average_precision` takes
-        them, in pixels of the original, without those that have no area in it.
+        and objects that vanish.
         """
         from PIL.Image import DecompressionBombError
 
@@ -259,7 +261,12 @@ class Annotations:
                 self.unreadable.append(f"{path}: {getattr(e, 'strerror', None) or e}")
                 continue
             self.turned += turned
-            yield pixels, *self._objects(image, size)
+            labels, boxes, masks, record = self._objects(image, size)
+            if self.split == "val":
+                self.records.append(record)  # also without objects: a model can be mistaken
+            elif not len(labels):
+                continue  # an image without objects has nothing to teach
+            yield pixels, labels, boxes, masks
 
     def _objects(self, image: dict, size: int) -> tuple:
         labels, boxes, masks, annotations = [], [], [], []

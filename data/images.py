@@ -180,7 +180,7 @@ def _pad(arrays: list[np.ndarray]) -> torch.Tensor:
 
 
 def make_truth(records: list[dict], classes: list[str]) -> dict:
-    """A COCO data set of records (see data.coco.Annotations.samples).
+    """A COCO data set of records (see data.coco.Annotations).
 
     An image's id is its index, a category's that of its class.
     """
@@ -262,20 +262,8 @@ def _fill_coco(work: Path, source: Path, masks: bool, size: int) -> dict:
     train, val = (coco.Annotations(source, split, masks) for split in ("train", "val"))
     if (train.ids, train.classes) != (val.ids, val.classes):
         raise DataError(f"{val.path} and {train.path} have different categories")
-    records = []
-
-    def train_samples():
-        for *sample, _ in train.samples(size):
-            if len(sample[1]):  # an image without objects has nothing to teach
-                yield sample
-
-    def val_samples():
-        for *sample, record in val.samples(size):
-            records.append(record)  # also without objects: a model can be mistaken about it
-            yield sample
-
-    n_train, train_objects = _write(work, "train", train_samples())
-    n_val, val_objects = _write(work, "val", val_samples())
+    n_train, train_objects = _write(work, "train", train.samples(size))
+    n_val, val_objects = _write(work, "val", val.samples(size))
     unreadable = train.unreadable + val.unreadable
     for line in unreadable[:NAMED]:
         print(f"cannot read {line}")
@@ -286,7 +274,7 @@ def _fill_coco(work: Path, source: Path, masks: bool, size: int) -> dict:
             raise DataError(f"{annotations.path}: no readable image has an object that is seen at "
                             f"{size} x {size}; {len(annotations.unreadable)} of "
                             f"{len(annotations.images)} images cannot be read")
-    (work / "val.json").write_text(json.dumps(make_truth(records, val.classes)))
+    (work / "val.json").write_text(json.dumps(make_truth(val.records, val.classes)))
     for count, what in (
             (train.cut + val.cut, "boxes reach outside their image and are cut there: are they x, "
                                   "y, width, height?"),

@@ -200,7 +200,7 @@ def _facts(task: str, splits: dict[str, "Split"]) -> dict:
             "baselines": baselines, "counts": {split: len(data) for split, data in splits.items()}}
 
 
-def load(folder: str | Path) -> tuple[dict, dict[str, "Split"]]:
+def load(folder: str | Path) -> tuple[dict, dict]:
     """(meta.json, {"train": Split, "val": Split, "test": Split}) of a prepared folder.
 
     Its files are compared with their checksums; see data/folders.py for large ones. Raises
@@ -236,7 +236,7 @@ class Split:
         return len(self.labels)
 
     @property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def arrays(self) -> tuple:
         """tokens, offsets, labels (of the first tower), as listops' functions take them."""
         return *self._sequences[0], self.labels
 

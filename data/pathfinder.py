@@ -104,8 +104,7 @@ def _draw(geometry: Geometry, seed: int, i: int) -> tuple[np.ndarray, int]:
     return render(stencils, *draw_scene(rng, stencils, label)), label
 
 
-def draw_scene(rng: random.Random, stencils: Stencils,
-               label: int) -> tuple[list[Snake], list[Snake], tuple[int, int]]:
+def draw_scene(rng: random.Random, stencils: Stencils, label: int) -> tuple:
     """Two targets, the distractors that found room, and the pixels that the discs mark.
 
     The label only decides which ends are marked, so nothing else can tell it. Raises DataError

@@ -268,7 +268,7 @@ class Compute:
             return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
         return [t.to(self.device) for t in tensors]
 
-    def rounds(self, items: Sequence, size: int) -> Iterator[tuple[Sequence, int]]:
+    def rounds(self, items: Sequence, size: int) -> Iterator[tuple]:
         """Batches of up to `size` of `items`, this process's in turn: (batch, how many count).
 
         Every process gets as many, since all must take part in a sharded model's forward pass.
@@ -301,14 +301,14 @@ class Compute:
         dist.all_gather_object(values, value, group)
         return values
 
-    def random_state(self) -> dict[str, torch.Tensor]:
+    def random_state(self) -> dict:
         """{"cpu": that of the CPU, and "cuda" or "mps": that of the GPU}."""
         state = {"cpu": torch.get_rng_state()}
         if self.device.type != "cpu":
             state[self.device.type] = torch.get_device_module(self.device).get_rng_state()
         return state
 
-    def set_random_state(self, state: dict[str, torch.Tensor]):
+    def set_random_state(self, state: dict):
         torch.set_rng_state(state["cpu"])
         if self.device.type != "cpu" and self.device.type in state:
             torch.get_device_module(self.device).set_rng_state(state[self.device.type])

@@ -209,13 +209,13 @@ def marked(cls: type, mark: str) -> list[str]:
     return [option.name for option in options(cls).values() if option.mark == mark]
 
 
-def parse(cls: type, argv: list[str], doc: str) -> tuple[Any, dict[str, Any]]:
+def parse(cls: type, argv: list[str], doc: str) -> tuple[Any, dict]:
     """-> (an instance of `cls`, {option: value} of those typed on the command line)."""
     preset, typed = read(cls, argv, doc)
     return build(cls, preset | typed), typed
 
 
-def read(cls: type, argv: list[str], doc: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read(cls: type, argv: list[str], doc: str) -> tuple[dict, dict]:
     """-> ({option: value} of the presets, the same of the options that were typed).
 
     An argument without dashes is a preset, a TOML file. --help prints `doc` and all options and
@@ -272,8 +272,8 @@ def preset_of_task(argv: list[str], tasks: tuple[str, ...], prefix: str) -> list
     return [str(preset), *rest]
 
 
-def resume(cls: type, saved: dict[str, Any], typed: dict[str, Any],
-           preset: dict[str, Any] | None = None, evaluate: bool = False) -> Any:
+def resume(cls: type, saved: dict, typed: dict,
+           preset: dict | None = None, evaluate: bool = False) -> Any:
     """The configuration of a resumed run: the saved one, in which only `typed` options change.
 
     Options that are newer than the checkpoint have their declared defaults.
@@ -297,7 +297,7 @@ def resume(cls: type, saved: dict[str, Any], typed: dict[str, Any],
     return build(cls, saved | typed)
 
 
-def build(cls: type, values: dict[str, Any]) -> Any:
+def build(cls: type, values: dict) -> Any:
     """cls(**values), its ValueErrors as UserErrors."""
     try:
         return cls(**values)
@@ -331,7 +331,7 @@ def find(word: str, known: dict[str, Option]) -> Option:
     return known[key]
 
 
-def read_toml(path: Path, known: dict[str, Option]) -> dict[str, Any]:
+def read_toml(path: Path, known: dict[str, Option]) -> dict:
     """The values in a flat TOML file, checked against the options. Raises UserError."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
