@@ -1,7 +1,7 @@
 """CIFAR-10 (Krizhevsky 2009): 60,000 colour images of 32 x 32 pixels in ten classes.
 
-    for split, samples in cifar10(Path("cifar-10-python.tar.gz")):
-        label, image = samples[0]   # CLASSES[label], (3, 32, 32) uint8
+    label, image = cifar10(Path("cifar-10-python.tar.gz"))["train"][0]
+    CLASSES[label], image.shape     # (3, 32, 32) uint8
 
 The release is a tar of pickles that Python 2 wrote. Unpickling calls whatever a file names. Here a
 file can name nothing but what makes a numpy array, and a stand-in is called in its place.
@@ -9,7 +9,6 @@ file can name nothing but what makes a numpy array, and a stand-in is called in 
 import io
 import pickle
 import pickletools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +27,15 @@ WRONG = (pickle.UnpicklingError, AttributeError, EOFError, IndexError, KeyError,
          OverflowError, TypeError, ValueError)
 
 
-def cifar10(source: Path) -> Iterator[tuple[str, list]]:
-    """("train", samples), then ("val", samples): (label, image (3, 32, 32) uint8) each.
+def cifar10(source: Path) -> dict[str, list]:
+    """{"train": samples, "val": samples}: (label, image (3, 32, 32) uint8) each.
 
     "val" is the release's test batch. source: the archive for Python, or where it was unpacked to.
     Raises DataError, within archives.complete.
     """
-    batches = {}
-    for name, file in files(source, RELEASE):
-        batches[name] = _batch(file.read(), name)
+    batches = {name: _batch(file.read(), name) for name, file in files(source, RELEASE)}
     *train, test = RELEASE.parts
-    yield "train", [sample for name in train for sample in batches[name]]
-    yield "val", batches[test]
+    return {"train": sum((batches[name] for name in train), []), "val": batches[test]}
 
 
 def _batch(content: bytes, name: str) -> list[tuple]:

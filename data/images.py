@@ -246,12 +246,12 @@ def _fill_cifar10(work: Path, source: Path, size: int) -> dict:
     def samples(batch):
         for label, image in batch:
             image = image.transpose(1, 2, 0)  # (3, 32, 32) -> (32, 32, 3)
-            if size != 32:
-                picture = Image.fromarray(image)
-                image = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
-            yield image, np.array([label]), np.zeros((1, 4), np.float32), None
+            picture = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+            yield np.asarray(picture), np.array([label]), np.zeros((1, 4), np.float32), None
 
-    counts = {split: _write(work, split, samples(batch))[0] for split, batch in cifar10(source)}
+    counts = {}
+    for split, batch in cifar10(source).items():
+        counts[split], _ = _write(work, split, samples(batch))
     if not all(counts.values()):
         raise DataError(f"{source} has no images: download it again")
     return {"classes": CLASSES, "counts": counts, "skipped": {"unreadable images": 0}}

@@ -20,9 +20,8 @@ import hashlib
 import json
 import shutil
 import sys
-from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -124,66 +123,49 @@ def _fill(work: Path, parameters: dict, folder: Path, source) -> dict:
 
 
 def _write(work: Path, parameters: dict, source: Path | None) -> dict:
-    task = parameters["task"]
-    scratch = work / "scratch"
+    """Store all samples; -> {split: its writer}."""
+    task, block_size = parameters["task"], parameters["block_size"]
     towers = ("1", "2") if TASKS[task].towers == 2 else ("",)
-    writers = {}
-    with ExitStack() as stack:
-        for split in SPLITS:
-            paths = [work / f"{split}_tokens{tower}.npy" for tower in towers]
-            files = [stack.enter_context(open(path, "wb")) for path in paths]
-            writers[split] = _SplitWriter(files, parameters["block_size"])
-        parameters = parameters | {"source": source, "scratch": scratch}
-        for split, *sample in samples(**parameters):
-            writers[split].add(*sample)
-        for split, writer in writers.items():
-            if not writer.labels:
-                raise DataError(f"{task}: the {split} split has no samples; each needs at least "
-                                "one")
-            writer.finish()
-            np.save(work / f"{split}_labels.npy", np.array(writer.labels, np.uint8))
+    writers = {split: _SplitWriter(work, split, towers, block_size) for split in SPLITS}
+    scratch = work / "scratch"
+    for split, *sample in samples(**parameters | {"source": source, "scratch": scratch}):
+        writers[split].add(*sample)
     shutil.rmtree(scratch, ignore_errors=True)
+    for split, writer in writers.items():
+        if not writer.labels:
+            raise DataError(f"{task}: the {split} split has no samples; each needs at least one")
+        writer.finish()
     return writers
 
 
 class _SplitWriter:
-    """One split, written as it comes, a file a tower: only offsets and labels stay in memory."""
+    """One split, a file a tower: tokens go to the disk, only offsets and labels stay in memory."""
 
-    def __init__(self, files: list[BinaryIO], block_size: int):
-        self.files, self.block_size = files, block_size
-        self.offsets = [[0] for _ in files]
+    def __init__(self, folder: Path, split: str, towers: tuple[str, ...], block_size: int):
+        self.folder, self.split, self.block_size = folder, split, block_size
+        self.towers = {tower: (TemporaryFile(dir=folder), [0]) for tower in towers}
         self.labels = []
         self.cut = self.skipped = 0
-        for file in files:
-            _write_header(file, 0)
 
     def add(self, label: int, *sequences: bytes):
         if not all(sequences):  # there is nothing to attend to
             self.skipped += 1
             return
         self.cut += any(len(sequence) > self.block_size for sequence in sequences)
-        for file, offsets, sequence in zip(self.files, self.offsets, sequences):
+        for (file, offsets), sequence in zip(self.towers.values(), sequences):
             written = file.write(sequence[:self.block_size])
             offsets.append(offsets[-1] + written)
         self.labels.append(label)
 
     def finish(self):
-        for file, offsets in zip(self.files, self.offsets):
-            _write_header(file, offsets[-1])
-            np.save(_offsets_of(file.name), np.array(offsets))
-
-
-def _write_header(file: BinaryIO, count: int):
-    """numpy leaves room for the largest count, so that the true one can replace it at the end."""
-    file.seek(0)
-    np.lib.format.write_array_header_1_0(
-        file, {"descr": "|u1", "fortran_order": False, "shape": (count,)})
-
-
-def _offsets_of(tokens: str | Path) -> Path:
-    """The file of offsets that goes with a file of tokens."""
-    path = Path(tokens)
-    return path.with_name(path.name.replace("_tokens", "_offsets"))
+        np.save(self.folder / f"{self.split}_labels.npy", np.array(self.labels, np.uint8))
+        for tower, (file, offsets) in self.towers.items():
+            np.save(self.folder / f"{self.split}_offsets{tower}.npy", np.array(offsets))
+            header = {"descr": "|u1", "fortran_order": False, "shape": (offsets[-1],)}
+            with file, open(self.folder / f"{self.split}_tokens{tower}.npy", "wb") as array:
+                np.lib.format.write_array_header_1_0(array, header)
+                file.seek(0)
+                shutil.copyfileobj(file, array)
 
 
 def _facts(task: str, splits: dict[str, "Split"]) -> dict:
@@ -230,7 +212,8 @@ class Split:
         self._sequences = []  # (tokens, offsets) of each tower
         for path in sorted(folder.glob(f"{split}_tokens*.npy")):
             tokens = np.asarray(np.load(path, mmap_mode="r"))  # a plain array is faster to slice
-            self._sequences.append((tokens, np.load(_offsets_of(path))))
+            offsets = np.load(path.with_name(path.name.replace("_tokens", "_offsets")))
+            self._sequences.append((tokens, offsets))
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -143,7 +143,7 @@ def _read_retrieval(task, source, seed, scratch):
 
 def _read_image(task, source, seed, scratch):
     """Grey = 0.299 R + 0.587 G + 0.114 B, cut to an integer, in exact arithmetic."""
-    (_, train), (_, test) = cifar.cifar10(source)
+    train, test = cifar.cifar10(source).values()
     for split, label, image in _hold_out(train, test, seed):
         red, green, blue = image.astype(np.uint32)
         grey = (299 * red + 587 * green + 114 * blue) // 1000
@@ -247,7 +247,15 @@ class Spec:
 
 _LRA = ("lra_release.gz", "7.7 GiB", "https://github.com/google-research/long-range-arena")
 _IMDB = ("aclImdb_v1.tar.gz", "80 MiB", "https://ai.stanford.edu/~amaas/data/sentiment/")
-_CONTOURS = "curv_contour_length_14"
+
+
+def _contours(side: int) -> Spec:
+    folder = f"pathfinder{side}/curv_contour_length_14"
+    return Spec(
+        2, 256, side**2, Release(_LRA, folder, ("metadata/", "imgs/")),
+        _read_pathfinder, _generate_pathfinder, (160_000, 20_000, 20_000), pixels=side**2)
+
+
 TASKS = {
     "listops": Spec(
         10, 15, 2000,
@@ -263,10 +271,6 @@ TASKS = {
                 tuple(f"new_aan_pairs.{part}.tsv" for part in ("train", "eval", "test"))),
         _read_retrieval, towers=2),
     "image": Spec(len(cifar.CLASSES), 256, 32**2, cifar.RELEASE, _read_image, pixels=32**2),
-    "pathfinder": Spec(
-        2, 256, 32**2, Release(_LRA, f"pathfinder32/{_CONTOURS}", ("metadata/", "imgs/")),
-        _read_pathfinder, _generate_pathfinder, (160_000, 20_000, 20_000), pixels=32**2),
-    "pathx": Spec(
-        2, 256, 128**2, Release(_LRA, f"pathfinder128/{_CONTOURS}", ("metadata/", "imgs/")),
-        _read_pathfinder, _generate_pathfinder, (160_000, 20_000, 20_000), pixels=128**2),
+    "pathfinder": _contours(32),
+    "pathx": _contours(128),
 }

@@ -197,7 +197,7 @@ def open_wandb(folder: Path, settings: dict, resumed: bool):
         raise UserError("--wandb_log needs the wandb package: pip install wandb") from None
     kept = folder / "wandb_id.txt"
     if resumed and kept.exists():
-        return wandb.init(**settings, id=kept.read_text().strip(), resume="allow")
+        settings = settings | {"id": kept.read_text().strip(), "resume": "allow"}
     run = wandb.init(**settings)
     kept.write_text(run.id + "\n")
     return run

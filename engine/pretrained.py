@@ -275,13 +275,7 @@ def read_tensors(folder: Path) -> dict:
 
     names = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
-    if not (folder / names[0]).exists():
-        if not index.exists():
-            pickled = any(folder.glob("pytorch_model.bin*"))
-            raise UserError(f"{folder} has no model.safetensors: name a Hugging Face GPT-2 folder"
-                            + (". Its pytorch_model.bin is a pickle, which can run code and is "
-                               "not read: save the model with transformers' save_pretrained"
-                               if pickled else ""))
+    if index.exists() and not (folder / names[0]).exists():
         names = list_shards(index)
     tensors = {}
     for name in names:
@@ -289,8 +283,12 @@ def read_tensors(folder: Path) -> dict:
         try:
             tensors |= load_file(path)
         except FileNotFoundError:
-            raise UserError(f"{path} is missing though {index.name} lists it: download the folder "
-                            "again") from None
+            pickled = ""
+            if any(folder.glob("pytorch_model.bin*")):
+                pickled = (". Its pytorch_model.bin is a pickle, which can run code and is not "
+                           "read: save the model with transformers' save_pretrained")
+            raise UserError(f"{path} is missing: name a whole Hugging Face GPT-2 folder"
+                            + pickled) from None
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"cannot read {path} ({error}): it is damaged or incomplete, download "
                             "it again") from None

@@ -199,7 +199,7 @@ def test_damaged_and_missing_files(folder, reference, tmp_path):
         with pytest.raises(UserError, match=message):
             pretrained.read(str(folder))
     weights.unlink()
-    with pytest.raises(UserError, match="no model.safetensors"):
+    with pytest.raises(UserError, match="model.safetensors is missing"):
         pretrained.read(str(folder))
     (folder / "pytorch_model.bin").write_bytes(b"not opened")
     with pytest.raises(UserError, match="pickle"):
