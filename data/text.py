@@ -32,12 +32,9 @@ if __name__ == "__main__":  # python data/text.py looks for modules in data/
 
 from data.folders import ensure, open_file, read_meta, sha256
 from data.tokenizers import load_tokenizer
-from data.tokens import Blocks, Tokens, eval_blocks, make_meta, writers_for
+from data.tokens import Blocks, Tokens, eval_blocks, make_meta, writers_for  # noqa: F401
 from engine import options
 from engine.options import DataError, need, suggest
-
-__all__ = ["Blocks", "SOURCES", "Source", "Tokens", "eval_blocks", "load_tokenizer", "prepare",
-           "read_meta"]
 
 CHUNK = 2**20  # bytes of a text file that are read at once
 LONGEST = 2**24  # most characters without a place to cut that are kept together

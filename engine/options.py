@@ -171,11 +171,6 @@ class Option:
                 return Literal[tuple(check.names)]
         return self.type
 
-    @property
-    def choices(self) -> str:
-        """The values it takes, where it does not take all of a type."""
-        return type_name(self.kind) if get_origin(self.kind) else ""
-
     def convert(self, name: str, text: str) -> Any:
         """The value that `text` stands for. Raises UserError, in which it is called `name`."""
         try:
@@ -357,7 +352,8 @@ def print_help(doc: str, known: dict[str, Option]):
     for option in known.values():
         default = str(option.default).replace("\n", "\\n")
         head = f"  --{option.name}={default}"
-        choices = f" [{option.choices}]" if option.choices else ""
+        # Not where it takes all values of a type.
+        choices = f" [{type_name(option.kind)}]" if get_origin(option.kind) else ""
         if len(head) >= left:
             print(head)
             head = ""
