@@ -224,9 +224,9 @@ class Annotations:
             raise DataError(f"{self.path}: annotation {a['id']} has no mask (segmentation: "
                             "polygons or run lengths): use the detect task, which needs none")
         for polygon in polygons:
-            near = all(is_number(x, -w, 2 * w) for x in polygon[::2])
-            near = near and all(is_number(y, -h, 2 * h) for y in polygon[1::2])
-            self._demand(near, "annotation", a, "segmentation",
+            across = all(is_number(x, -w, 2 * w) for x in polygon[::2])
+            down = all(is_number(y, -h, 2 * h) for y in polygon[1::2])
+            self._demand(across and down, "annotation", a, "segmentation",
                          f"polygons in or near their image of {w} x {h} pixels")
 
     def _folder(self, source: Path) -> Path:
@@ -275,7 +275,8 @@ class Annotations:
         for a in self.coco.imgToAnns[image["id"]]:
             x, y, width, height = a["bbox"]
             corners = np.array([x, y, x + width, y + height])
-            self.cut += bool((corners < -1).any() or (corners > sides + 1).any())
+            outside = (corners < -1) | (corners > sides + 1)
+            self.cut += int(outside.any())
             left, top, right, bottom = np.clip(corners / sides, 0, 1)
             if right <= left or bottom <= top:
                 self.vanished += 1

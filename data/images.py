@@ -88,7 +88,8 @@ class Images:
 
     def batch(self, indices) -> tuple[torch.Tensor, ...]:
         images, labels, targets = zip(*(self.sample(int(i)) for i in indices))
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        pixels = torch.from_numpy(np.stack(images))  # (B, size, size, 3)
+        pixels = pixels.permute(0, 3, 1, 2).contiguous()
         if self.task == "classify":  # an image is one object
             return pixels, torch.from_numpy(np.concatenate(labels))
         counts = torch.tensor([len(row) for row in labels])
@@ -166,14 +167,17 @@ def boxes_of(masks: np.ndarray) -> np.ndarray:
     A box is centre x, centre y, width, height, in units of the image.
     """
     left, top, width, height = coco.rle.toBbox(coco.encode(masks)).T
-    boxes = np.stack([left + width / 2, top + height / 2, width, height], axis=1)
+    x = left + width / 2
+    y = top + height / 2
+    boxes = np.stack([x, y, width, height], axis=1)
     return (boxes / masks.shape[-1]).astype(np.float32)
 
 
 def _pad(arrays: list[np.ndarray]) -> torch.Tensor:
     """Arrays (n, ...) -> (B, M, ...): zeros follow, up to the largest n and at least one."""
     longest = max(1, *map(len, arrays))
-    padded = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), arrays[0].dtype)
+    shape = (len(arrays), longest, *arrays[0].shape[1:])
+    padded = np.zeros(shape, arrays[0].dtype)
     for row, array in zip(padded, arrays):
         row[:len(array)] = array
     return torch.from_numpy(padded)
@@ -235,8 +239,12 @@ def stamps(source: Path) -> dict[str, list[int]]:
         patterns = ("annotations/instances_train*.json", "annotations/instances_val*.json",
                     "*_batch*", "cifar-10-batches-py/*_batch*")
         files = [file for pattern in patterns for file in source.glob(pattern)]
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)
-            if not file.name.startswith(".")}
+    found = {}
+    for file in sorted(files):
+        if not file.name.startswith("."):
+            stat = file.stat()
+            found[file.name] = [stat.st_size, stat.st_mtime_ns]
+    return found
 
 
 def _fill_cifar10(work: Path, source: Path, size: int) -> dict:

@@ -123,8 +123,9 @@ def _apply(operator: int, arguments: list[int]) -> int:
         return max(arguments)
     if operator == SM:
         return sum(arguments) % 10
-    arguments = sorted(arguments)
-    return (arguments[(len(arguments) - 1) // 2] + arguments[len(arguments) // 2]) // 2
+    n = len(arguments)
+    middle = sorted(arguments)[(n - 1) // 2:n // 2 + 1]  # one of them, or two
+    return sum(middle) // len(middle)
 
 
 def tokenize(text: str) -> bytes:

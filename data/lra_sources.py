@@ -120,7 +120,8 @@ def _read_text(task, source, seed, scratch):
     reviews = {"train": [], "test": []}
     for name, file in files(source, TASKS[task].release):
         if re.fullmatch(r"(train|test)/(pos|neg)/\d+_\d+\.txt", name):
-            reviews[name.split("/")[0]].append((name, int("/pos/" in name), file.read()))
+            split, sentiment, _ = name.split("/")
+            reviews[split].append((name, int(sentiment == "pos"), file.read()))
     for split, found in reviews.items():
         found.sort()  # archive and folder have different orders
         positive = sum(label for _, label, _ in found)

@@ -39,7 +39,8 @@ def sample(seed: int, index: int, size: int = 64, max_objects: int = 3) -> tuple
         # The shape's own coordinates: from its centre, in units of its radius, turned with it.
         right = (x - float(centre[0])) / radius
         down = (y - float(centre[1])) / radius
-        cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
+        cos = np.float32(np.cos(turn))
+        sin = np.float32(np.sin(turn))
         u = right * cos + down * sin
         v = down * cos - right * sin
         inside = _inside(CLASSES[label], u, v)
@@ -65,7 +66,9 @@ def _ground(rng, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     colour = rng.uniform(20, DARK) + rng.uniform(-15, 15, 3).astype(np.float32)
     slope = rng.uniform(-30, 30, (2, 1, 1)).astype(np.float32) / size
     ramp = np.arange(size, dtype=np.float32) - size / 2
-    image = (colour[:, None] + slope[0] * ramp)[:, None, :] + (slope[1] * ramp)[:, :, None]
+    across = colour[:, None] + slope[0] * ramp  # (3, size)
+    down = slope[1] * ramp
+    image = across[:, None, :] + down[:, :, None]
     if rng.random() < 0.5:
         image += np.float32(rng.uniform(-25, 25)) * _texture(rng, x, y, size)
     return image
@@ -105,7 +108,8 @@ def _inside(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if name == "ring":
         return abs(u * u + v * v - 0.64) < 0.36
     if name == "cross":
-        return (np.minimum(abs(u), abs(v)) < 0.28) & (np.maximum(abs(u), abs(v)) < 1)
+        near, far = np.minimum(abs(u), abs(v)), np.maximum(abs(u), abs(v))
+        return (near < 0.28) & (far < 1)
     # A star has five arms, with an edge from each tip (away = 0) to the notch beside it (away = 1).
     angle = np.arctan2(u, v) * (5 / (2 * np.pi))
     away = 2 * abs(angle - np.round(angle))

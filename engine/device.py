@@ -42,7 +42,8 @@ class ComputeConfig(Options):
 
 def pick_device(name: str) -> torch.device:
     """"auto" -> cuda > mps > cpu. Raises UserError for a device that is absent or unknown."""
-    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()),
+    there = {"cuda": torch.cuda.device_count(),  # the best first
+             "mps": int(torch.backends.mps.is_available()),
              "cpu": 1}
     if name == "auto":
         name = next(kind for kind, count in there.items() if count)
