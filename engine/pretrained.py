@@ -43,7 +43,7 @@ ARCHITECTURE = {
 }
 
 
-def read(source: str, block_size: int | None = None) -> tuple[dict, dict, dict]:
+def read(source: str, block_size: int | None = None) -> tuple[dict, dict, dict[str, torch.Tensor]]:
     """(shapes, precond, state_dict) of `source`: a name in HUB, or a local Hugging Face folder.
 
     shapes: block_size, n_layer, n_head, n_embd, bias (always True) and vocab_size. precond: the
@@ -152,7 +152,7 @@ def check_tokenizer(tokenizer, vocab_size: int):
                         f"{tokenizer.vocab_size:,}: they do not belong together")
 
 
-def start(run) -> dict:
+def start(run) -> dict[str, torch.Tensor]:
     """The weights of the GPT-2 that a run's init_from names; gives run.config its shape.
 
     A given block_size cuts its positions. The preconditioner that an export names is kept unless
@@ -268,7 +268,7 @@ def read_shapes(config: dict, path: Path) -> dict:
     return shapes | {"bias": True}
 
 
-def read_tensors(folder: Path) -> dict:
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of model.safetensors, or of the files that model.safetensors.index.json lists."""
     safetensors = options.need("safetensors", f"reading {folder}")
     from safetensors.torch import load_file
@@ -305,7 +305,8 @@ def list_shards(index: Path) -> list[str]:
     return sorted(names)
 
 
-def convert(tensors: dict, shapes: dict, folder: Path) -> dict:
+def convert(tensors: dict[str, torch.Tensor], shapes: dict, folder: Path
+            ) -> dict[str, torch.Tensor]:
     """Their names and layout -> those of model.GPT, checked against it tensor by tensor."""
     tensors = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
     sizes = dict(shapes)
