@@ -7,6 +7,7 @@ line that is removed is run anew. A model is "reached" by the first way that doc
 calls "all n": the interface of transformers, the context over SDPA, wrap.
 """
 import inspect
+import itertools
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import re
 import resource
 import sys
 import time
+from collections import defaultdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,17 +31,26 @@ from precond_dropin.check import is_attention
 LIMIT, MEMORY = 90, 12 * 2**30  # seconds and bytes for one model
 ERRORS = (  # of odd configurations, and of inputs that do not fit
     AssertionError, AttributeError, ImportError, IndexError, KeyError, NameError, OSError,
-          RuntimeError, StrictDataclassError, TypeError, ValueError, ZeroDivisionError)
+    RuntimeError, StrictDataclassError, TypeError, ValueError, ZeroDivisionError)
+# Names of numbers in a configuration.
 WIDTHS = re.compile(r"hidden|embed|embd|dim|d_model|d_kv|d_ff|d_head|inner|intermediate|ffn|width|"
                     r"rank|channels|filters|planes|head_size|feature_size|project")
-DEPTHS = re.compile(r"layers?$|^depths?$|num_blocks|_depth$")
-INDEXES = re.compile(r"(index|indexe|indice)s$")
-KEPT = re.compile(r"^num_(?!hidden|layer|enc|dec|block)|max_|position|vocab|patch|image|window|"
-                  r"kernel|_id$|stride|out_indices|feature_layer")
+DEPTHS = r"layers?$|^depths?$|num_blocks|_depth$"
+INDEXES = r"(?<!^out_)(index|indexe|indice)s$"
+SPECIAL = re.compile(r"token_(id|index)$|^(bos|eos|pad)$")
+KEPT = (r"^num_(?!hidden|layer|enc|dec|block)|max_|position|vocab|patch|image|window|"
+        r"kernel|_id$|stride|out_indices|feature_layer")
 SMALL_WORDS = ("test_", "atto", "femto", "pico", "nano", "xxtiny", "xxs", "xx_small", "xtiny",
                "tiny", "xs", "x_small", "small", "_s", "_t", "mini", "lite", "base")
 VOCAB, TOKENS, SMALL_IMAGE = 512, 16, 256
 SIZES = ((16, 2), (8, 2), (8, 8))  # to try: what widths are divided by, and layers
+TOGETHER = (  # inputs that some models need beside their main one
+    "input_ids pixel_values", "input_ids bbox", "input_ids bbox pixel_values",
+    "input_ids pixel_values decoder_input_ids", "input_ids input_features",
+    "input_ids input_values", "input_features input_features_mask", "hidden_states grid_thw",
+    "pixel_values grid_thw", "query_embeds encoder_hidden_states",
+    "input_ids pixel_values pixel_attention_mask spatial_shapes",
+    "pixel_values pixel_attention_mask spatial_shapes")
 
 
 class Attentions(TorchDispatchMode):
@@ -59,26 +70,23 @@ def small(name: str, value, factor: int, layers: int):
         return type(value)(small(name, v, factor, layers) for v in value)
     if type(value) is not int:
         return value
-    if name.endswith(("token_id", "token_index")) or name in ("bos", "eos", "pad"):
-        return value if value < VOCAB // 2 else VOCAB // 2 + sum(name.encode()) % (VOCAB // 2)
-    if "vocab" in name and "type" not in name:
-        return min(value, VOCAB)
-    if name in ("image_size", "img_size", "input_size") and value > SMALL_IMAGE:
-        return SMALL_IMAGE
-    if re.fullmatch(r"(num|n|num_local|n_routed|moe_num)_experts", name):
-        return min(value, 8)
-    if name in ("n_group", "topk_group"):
-        return 1
-    if name in ("num_experts_per_tok", "moe_topk"):
-        return min(value, 2)
-    if INDEXES.search(name) and "out_indices" not in name.replace("backbone_out_indices", ""):
-        return min(value, layers - 1)
-    if name == "num_kv_shared_layers":
-        return 0
-    if KEPT.search(name):
-        return value
-    if DEPTHS.search(name):
-        return min(value, layers)
+    if SPECIAL.search(name):
+        half = VOCAB // 2  # above it, where no word of the inputs is
+        return value if value < half else half + sum(name.encode()) % half
+    most = {  # by the first pattern that fits
+        r"^(?!.*type).*vocab": VOCAB,
+        r"^(image|img|input)_size$": SMALL_IMAGE,
+        r"^(num|n|num_local|n_routed|moe_num)_experts$": 8,
+        r"^(n|topk)_group$": 1,
+        r"^(num_experts_per_tok|moe_topk)$": 2,
+        INDEXES: layers - 1,
+        r"^num_kv_shared_layers$": 0,
+        KEPT: value,
+        DEPTHS: layers,
+    }
+    for pattern, limit in most.items():
+        if re.search(pattern, name):
+            return min(value, limit)
     if WIDTHS.search(name) and value >= 16 and value % factor == 0:
         return value // factor
     return value
@@ -113,78 +121,67 @@ def small_config(config, *size):
 
 def inputs_of(model, config) -> list[dict]:
     """Sets of inputs to try, the fewest first."""
-    def find(*names, among=None):
-        for c in (config, *(vars(config).values() if among is None else ())):
-            for name in names:
-                if type(value := getattr(c, name, None)) is int:
-                    return value
-                if isinstance(value, list | tuple) and value and type(value[0]) is int:
-                    return value[0]
+    parts = [config, *vars(config).values()]  # what it says itself, then of its encoders
 
+    def find(*names):
+        """The first number of such a name, or the first one in a list of them."""
+        for part, name in itertools.product(parts, names):
+            value = getattr(part, name, None)
+            if isinstance(value, list | tuple) and value:
+                value = value[0]
+            if type(value) is int:
+                return value
+
+    noise = families.noise
     size = find("image_size", "img_size", "input_size", "pretrain_image_size") or 64
     channels = find("num_channels", "in_channels", "in_chans") or 3
     mels = find("num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels") or 80
-    ids = torch.randint(3, VOCAB // 2, (2, TOKENS), generator=torch.Generator().manual_seed(1))
-    image = families.noise(2, channels, size, size)
+    frames = find("num_frames", "frames_per_clip") or 2
+    sound = 2 * (find("max_source_positions") or 32)
     patch = find("patch_size") or 16
     patches = channels * (find("temporal_patch_size") or 1) * patch**2  # a patch as a row
+    ids = torch.randint(3, VOCAB // 2, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    image = noise(2, channels, size, size)
+    video = image[:, None].expand(-1, frames, -1, -1, -1)
+    series = noise(2, find("context_length") or 64, channels)
     supply = dict(
-        input_ids=[ids], decoder_input_ids=[ids[:, :7]], bbox=[torch.zeros_like(ids[..., None])
-                                                               .expand(-1, -1, 4)],
-        pixel_values=[image, image[:, None].expand(-1, find("num_frames") or 2, -1, -1, -1),
-                      families.noise(16, patches), families.noise(2, 16, patches),
-                      families.noise(2, find("context_length") or 64, channels)],
-        hidden_states=[families.noise(16, patches)], grid_thw=[torch.tensor([[1, 4, 4]])],
+        input_ids=[ids],
+        decoder_input_ids=[ids[:, :7]],
+        bbox=[torch.zeros(2, TOKENS, 4, dtype=torch.long)],
+        pixel_values=[image, video, noise(16, patches), noise(2, 16, patches), series],
+        hidden_states=[noise(16, patches)],
+        grid_thw=[torch.tensor([[1, 4, 4]])],
         pixel_attention_mask=[torch.ones(2, 16, dtype=torch.long)],
-        spatial_shapes=[torch.full((2, 2), 4)], input_features_mask=[torch.ones(
-            2, 2 * (find("max_source_positions") or 32), dtype=torch.long)],
-        query_embeds=[families.noise(2, 8, find("hidden_size") or 64)],
-        encoder_hidden_states=[families.noise(2, 8, find("encoder_hidden_size") or 64)],
-        pixel_values_videos=[image[:, None].expand(-1, find("num_frames", "frames_per_clip") or 2,
-                                                   -1, -1, -1)],
-        input_values=[families.noise(2, 4000), families.noise(2, 1, 4000),
-                      families.noise(2, find("max_length") or 64, mels)],
-        input_features=[families.noise(2, mels, 2 * (find("max_source_positions") or 32)),
-                        families.noise(2, 64, mels)],
-        past_values=[families.noise(2, find("context_length") or 64, channels)])
-    takes = inspect.signature(model.forward).parameters
+        spatial_shapes=[torch.full((2, 2), 4)],
+        input_features_mask=[torch.ones(2, sound, dtype=torch.long)],
+        query_embeds=[noise(2, 8, find("hidden_size") or 64)],
+        encoder_hidden_states=[noise(2, 8, find("encoder_hidden_size") or 64)],
+        pixel_values_videos=[video],
+        input_values=[noise(2, 4000), noise(2, 1, 4000), noise(2, find("max_length") or 64, mels)],
+        input_features=[noise(2, mels, sound), noise(2, 64, mels)],
+        past_values=[series])
+    takes = inspect.signature(model.forward).parameters.keys()
     has = [name for name in supply if name in takes]
-    main = model.main_input_name if model.main_input_name in has else next(iter(has), None)
-    if main is None:
+    if not has:
         return []
-    sets = [[main], [main, "decoder_input_ids"], ["input_ids", main], ["input_ids", "pixel_values"],
-            ["input_ids", "bbox"], ["input_ids", "bbox", "pixel_values"],
-            ["input_ids", "pixel_values", "decoder_input_ids"], ["input_ids", "input_features"],
-            ["input_ids", "input_values"], ["input_features", "input_features_mask"],
-            ["hidden_states", "grid_thw"], ["pixel_values", "grid_thw"],
-            ["query_embeds", "encoder_hidden_states"],
-            ["input_ids", "pixel_values", "pixel_attention_mask", "spatial_shapes"],
-            ["pixel_values", "pixel_attention_mask", "spatial_shapes"], *([name] for name in has)]
-    sets = dict.fromkeys(tuple(dict.fromkeys(s)) for s in sets if set(s) <= set(has))
-    return [dict(zip(names, values)) for names in sets for values in choices(names, supply)]
-
-
-def choices(names, supply):
-    if not names:
-        return [()]
-    return [(value, *rest) for value in supply[names[0]] for rest in choices(names[1:], supply)]
+    main = model.main_input_name if model.main_input_name in has else has[0]
+    begin = main, f"{main} decoder_input_ids", f"input_ids {main}"
+    # Each name and each set once.
+    sets = [tuple(dict.fromkeys(names.split())) for names in (*begin, *TOGETHER, *has)]
+    possible = [names for names in dict.fromkeys(sets) if takes >= set(names)]
+    return [dict(zip(names, values)) for names in possible
+            for values in itertools.product(*map(supply.get, names))]
 
 
 def transformers_type(kind: str) -> dict:
     """Make it small, run it, and try the ways."""
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
     transformers.logging.set_verbosity_error()
-    config_class = transformers.CONFIG_MAPPING[kind]
-    cls = MODEL_MAPPING[config_class]
-    cls = cls[0] if isinstance(cls, tuple) else cls
     why, runs = "no inputs are known", False
     for size in SIZES:
+        config = partial(small_type, kind, *size)
         try:
-            def config(size=size):
-                return small_config(config_class(), *size)
-            torch.manual_seed(0)
-            model = cls._from_config(config()).eval()
+            model, *_ = families.make_small((config, {}), families.WRAP, None)
             sets = inputs_of(model, model.config)
         except ERRORS as error:
             why = said(error)
@@ -198,18 +195,22 @@ def transformers_type(kind: str) -> dict:
                 continue
             runs = True
             if attentions.seen:
-                return ways(families.WAYS, lambda _, way, power, inputs=inputs, config=config: (
-                    families.make_small(cls, config, inputs, way, power)), kind, inputs)
+                return ways(families.WAYS, families.make_small, (config, inputs), inputs)
     return dict(result="no attention" if runs else "not run", why=why)
+
+
+def small_type(kind: str, *size):
+    import transformers
+    return small_config(transformers.CONFIG_MAPPING[kind](), *size)
 
 
 def timm_model(model: str) -> dict:
     make = partial(families.make_timm, depth=2)
     try:
-        made, args, _ = make(model, "wrap", None)
+        made, args, _ = make(model, families.WRAP, None)
     except (AssertionError, TypeError, ValueError):  # not every model has it so
         make = families.make_timm
-        made, args, _ = make(model, "wrap", None)
+        made, args, _ = make(model, families.WRAP, None)
     with torch.no_grad(), Attentions() as attentions:
         made(*args)
     if not attentions.seen:
@@ -283,36 +284,43 @@ def names_of(library: str) -> list[str]:
 
 
 def section(library: str, results: dict[str, dict]) -> list[str]:
-    by = {}
+    by = defaultdict(list)
     for name, result in results.items():
-        by.setdefault(result["result"], []).append(name)
-    reached = sum(len(by.get(way, ())) for way in families.WAYS)
-    lines = [f"## {library}", "", f"{len(results)} were tried, {reached + len(by['not reached'])} "
+        by[result["result"]].append(name)
+    reached = sum(len(by[way]) for way in families.WAYS)
+    left, none, not_run = by["not reached"], by["no attention"], by["not run"]
+    lines = [f"## {library}", "", f"{len(results)} were tried, {reached + len(left)} "
              f"of them run and have attention; {reached} of these are reached fully.", ""]
     for way in families.WAYS:
-        if way in by:
+        if by[way]:
             lines += [f"By {way} ({len(by[way])}): {', '.join(by[way])}.", ""]
-    lines += [f"Not reached ({len(by['not reached'])}), and what wrap says:", ""]
-    lines += [f"- {name}: {results[name]['answers']['wrap'].removeprefix('no: ')}"
-              for name in by["not reached"]]
-    if "no attention" in by:
-        lines += ["", f"No softmax attention ({len(by['no attention'])}): "
-                  f"{', '.join(by['no attention'])}."]
-    if "not run" in by:
-        lines += ["", f"Not made or not run small ({len(by['not run'])}):", ""]
-        lines += [f"- {name}: {results[name]['why']}" for name in by["not run"]]
+    lines += [f"Not reached ({len(left)}), and what wrap says:", ""]
+    for name in left:
+        answer = results[name]["answers"][families.WRAP]
+        lines.append(f"- {name}: {answer.removeprefix('no: ')}")
+    if none:
+        lines += ["", f"No softmax attention ({len(none)}): {', '.join(none)}."]
+    if not_run:
+        lines += ["", f"Not made or not run small ({len(not_run)}):", ""]
+        lines += [f"- {name}: {results[name]['why']}" for name in not_run]
     return [*lines, ""]
 
 
 def main():
     path = Path(sys.argv[1])
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(line["library"], line["name"]): line for line in done}
-    lines = []
-    works = {"transformers": transformers_type, "timm": timm_model}
-    for library, work in works.items():
-        names = names_of(library)
-        for name in names:
+    path.touch()
+    done = {}
+    for line in path.read_text().splitlines():
+        result = json.loads(line)
+        done[result["library"], result["name"]] = result
+    lines = ["# Which types are reached", "",
+             f"Written by `docs/families_all.py` with transformers {version('transformers')} and "
+             f"timm {version('timm')}: types of transformers",
+             "that can be made small and random, and a model of each family of timm. What is not",
+             "reached is followed by what `precond.wrap` says.", ""]
+    for library, work in ("transformers", transformers_type), ("timm", timm_model):
+        results = {}
+        for name in names_of(library):
             if (library, name) not in done:
                 began = time.time()
                 result = in_a_child(work, name)
@@ -320,13 +328,9 @@ def main():
                 done[library, name] = dict(library=library, name=name, **result)
                 with path.open("a") as file:
                     file.write(json.dumps(done[library, name]) + "\n")
-        lines += section(library, {name: done[library, name] for name in names})
-    versions = " and ".join(f"{name} {version(name)}" for name in ("transformers", "timm"))
-    begin = ["# Which types are reached", "",
-             f"Written by `docs/families_all.py` with {versions}: types of transformers",
-             "that can be made small and random, and a model of each family of timm. What is not",
-             "reached is followed by what `precond.wrap` says.", ""]
-    print("\n".join(begin + lines).rstrip())
+            results[name] = done[library, name]
+        lines += section(library, results)
+    print("\n".join(lines).rstrip())
 
 
 if __name__ == "__main__":
