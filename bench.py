@@ -21,13 +21,13 @@ The arm `explicit` is softmax attention without fused kernels, with its (T, T) m
 import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch is loaded)
 
 # isort: split
-import importlib.util
 import os
+import runpy
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -116,9 +116,6 @@ class Config(ComputeConfig):
     out_dir: Annotated[str, "folder of the profiles"] = "bench"
     threads: Annotated[int, "threads of each process; 0: PyTorch's choice", at_least(0)] = 0
     compile: Annotated[bool, "torch.compile the models, nanoGPT's too"] = False
-    loss: Annotated[Literal["auto", "plain", "chunked"], "as in train.py"] = "auto"
-    fused: Annotated[bool, "as in train.py"] = True
-    tune_malloc: Annotated[bool, "as in train.py"] = True
 
 
 class RandomTokens(Task):
@@ -133,7 +130,8 @@ class RandomTokens(Task):
         generator = torch.Generator().manual_seed(first)
         x, y = torch.randint(self.size.vocab_size, shape, generator=generator)
         if self.size.classes:
-            return x, torch.ones_like(x, dtype=torch.bool), y[:, 0] % self.size.classes
+            mask = torch.ones_like(x, dtype=torch.bool)
+            return x, mask, y[:, 0] % self.size.classes
         return x, y
 
     def loss(self, model, *batch):
@@ -142,18 +140,18 @@ class RandomTokens(Task):
 
 class Runner:
     """An arm at work, with `compute`, `model`, `flops_per_token`. `in_turn` joins its lists."""
+    memory = peak = 0.0  # the most seen so far: MB, and FLOP/s of matrix products
 
     def describe(self):
-        return self.compute.dtype, getattr(self.model, "loss", "plain"), self.flops_per_token
-
-    def memory(self):
-        return [self.compute.peak_memory_mb()]
-
-    def peak(self):
-        return [self.compute.matmul_peak()]
+        return {"dtype": self.compute.dtype, "loss": getattr(self.model, "loss", "plain"),
+                "flops": self.flops_per_token, "memory": self.memory, "peak": self.peak}
 
     def train(self):
-        return time_turn(self.step, self.compute, TURN)
+        seconds = time_turn(self.step, self.compute, TURN)
+        # Memory before the peak: measuring the latter starts the former anew on a GPU.
+        self.memory = max(self.memory, self.compute.peak_memory_mb())
+        self.peak = max(self.peak, self.compute.matmul_peak())
+        return seconds
 
     def sample(self, sequences: int, length: int, new: int):
         prompt = torch.zeros((sequences, length), dtype=torch.long, device=self.compute.device)
@@ -167,10 +165,10 @@ class Ours(Runner):
     """An arm of this project."""
 
     def __init__(self, config: Config, size: Size, arm: dict):
-        same = "device", "dtype", "compile", "loss", "fused", "tune_malloc"
-        changes = {name: getattr(config, name) for name in same} | arm
+        changes = dict(arm)
         self.explicit = changes.pop("explicit", False)
-        settings = replace(size.config, **changes)
+        settings = replace(size.config, device=config.device, dtype=config.dtype,
+                           compile=config.compile, **changes)
         self.compute = Compute(settings.device, settings.dtype, settings.n_embd)
         torch.manual_seed(0)
         if size.classes:
@@ -181,7 +179,8 @@ class Ours(Runner):
         self.trainer = Trainer(settings, RandomTokens(size), self.model, self.compute)
 
     def step(self):
-        with sdpa_kernel(SDPBackend.MATH) if self.explicit else nullcontext():
+        kernels = sdpa_kernel(SDPBackend.MATH) if self.explicit else nullcontext()
+        with kernels:
             self.trainer.train_step()
         self.trainer.step += 1
 
@@ -199,17 +198,14 @@ class NanoGPT(Runner):
     """The same by a nanoGPT checkout, as its train.py and sample.py do it: in float32 on a CPU."""
 
     def __init__(self, config: Config, size: Size, folder: str):
-        spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
+        module = runpy.run_path(os.path.join(folder, "model.py"), run_name="nanogpt_model")
         c = size.config
         kind = pick_device(config.device).type
         dtype = "float32" if kind == "cpu" else config.dtype
         self.compute = Compute(config.device, dtype, c.n_embd)
-        shape = {f.name: getattr(c, f.name, None) for f in fields(module.GPTConfig)}
+        shape = {f.name: getattr(c, f.name, None) for f in fields(module["GPTConfig"])}
         shape["vocab_size"] = {50257: 50304}.get(size.vocab_size, size.vocab_size)  # its train.py's
-        self.model = module.GPT(module.GPTConfig(**shape)).to(self.compute.device)
+        self.model = module["GPT"](module["GPTConfig"](**shape)).to(self.compute.device)
         self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), kind)
         self.compiled = torch.compile(self.model) if config.compile else self.model
         self.batch = RandomTokens(size).batch(0, c.batch_size)
@@ -259,23 +255,21 @@ def measure(config: Config, name: str) -> dict[str, dict]:
         kinds[f"{first}, checkpointed"] = kinds[first] | {"checkpoint_activations": True}
     if config.against:
         kinds["nanoGPT"] = config.against
+    tokens = size.config.batch_size * size.config.block_size
     arms = {}
+    result = {}
     try:
         for arm, kind in kinds.items():
             arms[arm] = Worker(start, config, size, kind)
-        result = {}
-        tokens = size.config.batch_size * size.config.block_size
-        described = {arm: worker.ask("describe") for arm, worker in arms.items()}
-        in_turn(arms, 1, ("train",))  # warm-up
-        # Memory before the peak: measuring the latter starts the former anew on a GPU.
-        seconds, memory, peaks = in_turn(arms, config.rounds, ("train",), ("memory",), ("peak",))
-        for arm, (dtype, loss, flops) in described.items():
+        in_turn(arms, 1, "train")  # warm-up
+        seconds = in_turn(arms, config.rounds, "train")
+        for arm, worker in arms.items():
             low, step, high = quartiles(seconds[arm])
-            peak = max(peaks[arm])
-            result[arm] = {"dtype": dtype, "loss": loss, "steps": len(seconds[arm]),
-                           "seconds": step, "quartiles": (low, high), "memory": max(memory[arm]),
-                           "peak": peak, "utilisation": flops * tokens / step / peak,
-                           "tokens_per_s": tokens / step, "sampling": {}}
+            found = worker.ask("describe")
+            found |= {"steps": len(seconds[arm]), "seconds": step, "quartiles": (low, high),
+                      "tokens_per_s": tokens / step, "sampling": {},
+                      "utilisation": found["flops"] * tokens / step / found["peak"]}
+            result[arm] = found
         if config.profile:
             path = Path(config.out_dir) / name
             arms[first].ask("profile", path)
@@ -284,8 +278,8 @@ def measure(config: Config, name: str) -> dict[str, dict]:
             for worker in arms.values():
                 worker.ask("prepare_sampling")
             for case in size.sampling:
-                in_turn(arms, 1, ("sample", *case))
-                times, = in_turn(arms, max(2, config.rounds // 2), ("sample", *case))
+                in_turn(arms, 1, "sample", *case)  # warm-up
+                times = in_turn(arms, max(2, config.rounds // 2), "sample", *case)
                 for arm in arms:
                     result[arm]["sampling"][case] = quartiles(times[arm])
         return result
@@ -317,16 +311,17 @@ def table(result: dict[str, dict]) -> str:
         for arm, r in result.items():
             times = r["sampling"][case]
             part = f"{arm} {sequences * new / times[1]:.4g} tokens/s"
-            for other, o in references.items():
-                if other != arm:
-                    theirs = o["sampling"][case]
-                    noise = ", or noise" if overlap(times, theirs) else ""
-                    part += f" ({theirs[1] / times[1]:.3g} x {other}{noise})"
+            for other in references:
+                if other == arm:
+                    continue
+                theirs = references[other]["sampling"][case]
+                noise = ", or noise" if overlap(times, theirs) else ""
+                part += f" ({theirs[1] / times[1]:.3g} x {other}{noise})"
             parts.append(part)
-        lines.append(f"sampling, {sequences} x {new} tokens after {length}: " + ", ".join(parts))
+        lines.append(f"sampling, {sequences} x {new} tokens after {length}: {', '.join(parts)}")
     for other, o in references.items():
-        close = [arm for arm, r in result.items() if overlap(r["quartiles"], o["quartiles"])]
-        close.remove(other)
+        close = [arm for arm, r in result.items()
+                 if arm != other and overlap(r["quartiles"], o["quartiles"])]
         if close:
             lines.append(f"time / {other} may be noise, the quartiles overlap: {', '.join(close)}")
     if any(r["steps"] < FEW for r in result.values()):

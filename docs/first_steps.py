@@ -4,19 +4,23 @@
 
 ViT and Deformable DETR take one step on data/shapes.py's images, RT-DETR takes 300.
 """
+import itertools
+import statistics
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers as t
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import precond
 from data import shapes
+from data.images import Shapes
 
-BATCH, RATE, CLIP, WIDTH, HEADS, QUERIES = 8, 5e-4, 0.1, 64, 4, 20
+BATCH, RATE, CLIP = 8, 5e-4, 0.1
+WIDTH, HEADS, QUERIES = 64, 4, 20
+SHOWN = (1, 2, 5, 10, 30, 100, 300)  # steps
 DETR = dict(d_model=WIDTH, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=2 * WIDTH,
             decoder_ffn_dim=2 * WIDTH, encoder_attention_heads=HEADS, num_queries=QUERIES,
             decoder_attention_heads=HEADS, num_labels=len(shapes.CLASSES))
@@ -36,20 +40,15 @@ MODELS = {  # class, configuration, steps
 
 
 def batch(name: str, seed: int, step: int) -> dict:
-    images, kinds, masks = zip(*(shapes.sample(seed, step * BATCH + i) for i in range(BATCH)))
-    pixels = torch.tensor(np.stack(images)).movedim(-1, 1) / 127.5 - 1  # (B, 3, 64, 64)
+    indices = range(step * BATCH, (step + 1) * BATCH)
+    images, counts, kinds, boxes = Shapes("detect", 64, seed, None).batch(indices)
+    pixels = images / 127.5 - 1  # (B, 3, 64, 64)
     if name == "ViT":
-        return dict(pixel_values=pixels, labels=torch.tensor([first for first, *_ in kinds]))
-    labels = [dict(class_labels=torch.tensor(k), boxes=torch.tensor(np.stack([*map(box, m)])))
-              for k, m in zip(kinds, masks)]
+        return dict(pixel_values=pixels, labels=kinds[:, 0])
+    labels = []
+    for n, its_kinds, its_boxes in zip(counts, kinds, boxes):
+        labels.append(dict(class_labels=its_kinds[:n], boxes=its_boxes[:n]))
     return dict(pixel_values=pixels, labels=labels)
-
-
-def box(mask: np.ndarray) -> np.ndarray:
-    """Centre and size, (x, y, width, height), as shares of the image."""
-    corners = np.argwhere(mask)[:, ::-1]
-    low, high = corners.min(0), corners.max(0) + 1
-    return np.float32([*(low + high) / 2, *(high - low)]) / len(mask)
 
 
 def train(name: str, seed: int, **options):
@@ -68,11 +67,12 @@ def train(name: str, seed: int, **options):
             optimizer.step()
 
 
-for name, seed in [(name, seed) for name in MODELS for seed in (1, 2)]:
+for name, seed in itertools.product(MODELS, (1, 2)):
     with precond.record() as calls:
         next(train(name, seed, power=0.0))
     ordinary = torch.cat([a.norm(dim=-1).flatten() for a, _ in calls]).median().item()
     for arm in ({}, dict(eps=1e-8), dict(eps=ordinary), dict(eps=0.1)):
         norms, losses = zip(*train(name, seed, **arm))
-        marked = [f"{norms[i - 1]:.3g}" for i in (1, 2, 5, 10, 30, 100, 300) if i <= len(norms)]
-        print(name, seed, arm, "norms", *marked, "last losses", f"{np.mean(losses[-50:]):.3f}")
+        shown = [f"{norms[step - 1]:.3g}" for step in SHOWN if step <= len(norms)]
+        last = statistics.fmean(losses[-50:])
+        print(name, seed, arm, "norms", *shown, "last losses", f"{last:.3f}")

@@ -1,4 +1,5 @@
 """What all figures share: colours, lines with bands, axes under a title, a key below them."""
+import math
 from pathlib import Path
 
 import numpy as np
@@ -54,24 +55,43 @@ def canvas(groups: Groups, count: int, columns: int, size: tuple[float, float], 
     The title says what is drawn, and of which model and data; with `log`, True or False, also
     what `line` does with several seeds.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
     if log is not None:
         title += over_seeds(groups, log)
     said = f"{title}\n{subject(groups)}"
-    width = max(0.7 + size[0] * columns, LETTER * max(map(len, said.split("\n"))))
-    rows = -(-count // columns)
-    figure = Figure(figsize=(width, 1.1 + size[1] * rows), layout="constrained")
+    figure, axes = panels(count, columns, size, (0.7, 1.1), **shared)
     figure.suptitle(said, fontsize=9)
-    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
-    for ax in axes[count:]:
-        ax.remove()
-    for ax in axes[max(0, count - columns):count]:
+    widen(figure, LETTER * max(map(len, said.split("\n"))))
+    for ax in axes[-columns:]:
         ax.set_xlabel(X_LABELS.get(x, x))
         ax.tick_params(labelbottom=True)
         if x == "tokens":
             ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return figure, axes
+
+
+def panels(count: int, columns: int, size: tuple[float, float], margin: tuple[float, float],
+           **shared):
+    """-> (figure, axes): `count` axes of `size` inches in `columns`."""
+    from matplotlib.figure import Figure
+    rows = math.ceil(count / columns)
+    inches = margin[0] + size[0] * columns, margin[1] + size[1] * rows
+    figure = Figure(figsize=inches, layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **shared).flat)
+    for ax in axes[count:]:
+        ax.remove()
     return figure, axes[:count]
+
+
+def widen(figure, inches: float):
+    figure.set_figwidth(max(figure.get_figwidth(), inches))
+
+
+def rows_of(ax, labels: list[str]):
+    """Rows 0, 1, ... from the top, each with its label."""
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.grid(False, axis="y")
 
 
 def key(figure, groups: Groups, styles: dict[str, str] | None = None):
@@ -82,18 +102,21 @@ def key(figure, groups: Groups, styles: dict[str, str] | None = None):
     from matplotlib.lines import Line2D
     colours = [Line2D([], [], color=colour, label=label) for colour, label in zip(COLOURS, groups)]
     widest = LETTER * (max(map(len, groups)) + 7)
-    figure.set_figwidth(max(figure.get_figwidth(), widest + (2.0 if styles else 0.0)))
-    columns = 1 if styles else min(len(groups), int(figure.get_figwidth() / widest))
-    rows = max(-(-len(groups) // columns), len(styles or ()))
-    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
-    if not styles:
+    if styles:
+        widen(figure, widest + 2.0)
+        rows = max(len(groups), len(styles))
+        marks = []
+        for meaning, style in styles.items():
+            look = {"marker": style, "linestyle": ""} if style == INFINITE else {"linestyle": style}
+            marks.append(Line2D([], [], color=DARK, label=meaning, **look))
+        figure.legend(handles=colours, loc="outside lower left")
+        figure.legend(handles=marks, loc="outside lower right")
+    else:
+        widen(figure, widest)
+        columns = min(len(groups), int(figure.get_figwidth() / widest))
+        rows = math.ceil(len(groups) / columns)
         figure.legend(handles=colours, ncols=columns, loc="outside lower center")
-        return
-    marks = [Line2D([], [], color=DARK, label=meaning, marker=style if style == INFINITE else "",
-                    linestyle="" if style == INFINITE else style)
-             for meaning, style in styles.items()]
-    figure.legend(handles=colours, loc="outside lower left")
-    figure.legend(handles=marks, loc="outside lower right")
+    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
 
 
 def subject(groups: Groups) -> str:
@@ -127,5 +150,6 @@ def focus(ax, spans: list[tuple[np.ndarray, np.ndarray, np.ndarray]], *also: flo
     for xs, low, high in spans:
         late = xs >= 0.1 * xs[-1]
         edges += [*low[late], *high[late]]
-    margin = 0.05 * (max(edges) - min(edges)) or 1.0
-    ax.set_ylim(min(edges) - margin, max(edges) + margin)
+    low, high = min(edges), max(edges)
+    margin = 0.05 * (high - low) or 1.0
+    ax.set_ylim(low - margin, high + margin)

@@ -1,12 +1,15 @@
 """Several comparisons in one figure, from their compare.json files."""
+import itertools
 import json
 import math
 from pathlib import Path
 
+import numpy as np
+
 from engine.metrics import METRICS
 from engine.options import UserError
 from study import stats
-from study.canvas import COLOURS, INFINITE
+from study.canvas import COLOURS, INFINITE, panels, rows_of
 
 
 def read_comparison(path: Path) -> dict:
@@ -46,21 +49,21 @@ def forest(studies: dict[str, dict]):
         scale = metric.scale
         furthest = 0.0
         for row, pair in enumerate(study["pairs"].values()):
-            low, high = pair["low"], pair["high"]
-            if low is None:  # without a spread there is no interval
-                low = high = pair["mean"]
-            ax.plot([scale * low, scale * high], [row, row], color=COLOURS[0])
+            ends = [pair["low"], pair["high"]]
+            if None in ends:  # without a spread there is no interval
+                ends = [pair["mean"]] * 2
+            ends = [scale * end for end in ends]
+            ax.plot(ends, [row, row], color=COLOURS[0])
             ax.plot(scale * pair["mean"], row, color=COLOURS[0], marker="D", markersize=5)
-            furthest = max(furthest, scale * abs(low), scale * abs(high))
-        labels = [f"{arm} ({pair['n']} seeds)" for arm, pair in study["pairs"].items()]
-        ax.set_yticks(range(len(labels)), labels)
-        ax.set_ylim(len(labels) - 0.5, -0.5)
+            furthest = max(furthest, *map(abs, ends))
         side = furthest * 1.1 or 1.0
-        ax.set_xlim((side, -side) if metric.better == "lower" else (-side, side))
+        if metric.better == "lower":
+            side = -side
+        ax.set_xlim(-side, side)
+        rows_of(ax, [f"{arm} ({pair['n']} seeds)" for arm, pair in study["pairs"].items()])
         ax.axvline(0, color=COLOURS[-1], linewidth=1)
         ax.set_title(f"{name}: {metric.label} ({metric.difference_unit}), to {study['first']}",
                      loc="left")
-        ax.grid(False, axis="y")
     return figure
 
 
@@ -70,40 +73,38 @@ def conditioning(studies: dict[str, dict]):
     kappa is of the matrices that the trained model used, C A or A: the median over layers. A panel
     says Spearman's rank correlation over all its runs.
     """
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import NullFormatter
     studies = {name: study for name, study in studies.items() if study["points"]}
     if not studies:
         return None
-    arms = list(dict.fromkeys(arm for study in studies.values() for arm in study["points"]))
-    looks = {arm: {"color": COLOURS[i % len(COLOURS)], "marker": "osDv"[i // len(COLOURS) % 4]}
-             for i, arm in enumerate(arms)}
+    arms = dict.fromkeys(arm for study in studies.values() for arm in study["points"])
+    looks = {}
+    for arm, (marker, colour) in zip(arms, itertools.cycle(itertools.product("osDv", COLOURS))):
+        looks[arm] = {"color": colour, "marker": marker}
     columns = min(3, len(studies))
-    rows = math.ceil(len(studies) / columns)
-    figure = Figure(figsize=(0.6 + 3.4 * columns, 1.2 + 2.4 * rows), layout="constrained")
+    figure, axes = panels(len(studies), columns, (3.4, 2.4), (0.6, 1.2))
     figure.suptitle("Each run's final metric against the condition number of its head outputs as "
                     "used,\nthe median over layers. Triangles at the edge: infinite", fontsize=9)
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for ax in axes[len(studies):]:
-        ax.remove()
     for ax, (name, study) in zip(axes, studies.items()):
         metric = study["metric"]
         ax.set_xscale("log")
         ax.xaxis.set_minor_formatter(NullFormatter())  # labels are too wide for small panels
         for arm, points in study["points"].items():
-            finite = [(k, metric.scale * final) for k, final in points if math.isfinite(k)]
-            infinite = [metric.scale * final for k, final in points if math.isinf(k)]
-            ax.plot(*zip(*finite) if finite else ([], []), linestyle="", **looks[arm])
-            if infinite:  # more than half of the matrices are rank-deficient: at the right edge
-                ax.plot([1.0] * len(infinite), infinite, INFINITE, color=looks[arm]["color"],
+            kappas, finals = np.reshape(points, (-1, 2)).T
+            finals = metric.scale * finals
+            infinite = np.isinf(kappas)
+            ax.plot(kappas[~infinite], finals[~infinite], linestyle="", **looks[arm])
+            if infinite.any():  # most of the matrices are rank-deficient: at the right edge
+                edge = np.ones(infinite.sum())
+                ax.plot(edge, finals[infinite], INFINITE, color=looks[arm]["color"],
                         clip_on=False, transform=ax.get_yaxis_transform(), gid="infinite")
-        kappas, finals = zip(*(point for points in study["points"].values() for point in points))
+        kappas, finals = zip(*itertools.chain.from_iterable(study["points"].values()))
         rank = stats.scipy_stats().spearmanr(kappas, finals)
         ax.set_title(f"{name}\n{len(kappas)} runs, rank correlation {rank.statistic:+.2f} "
                      f"(p {rank.pvalue:.2g})", loc="left")
         ax.set_ylabel(f"{metric.label} ({metric.better} is better)")
         ax.set_xlabel("kappa")
-    marks = [Line2D([], [], linestyle="", label=arm, **looks[arm]) for arm in arms]
+    marks = [Line2D([], [], linestyle="", label=arm, **look) for arm, look in looks.items()]
     figure.legend(handles=marks, ncols=min(len(marks), 2 * columns), loc="outside lower center")
     return figure

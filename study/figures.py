@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.metrics import METRICS
+from engine.metrics import METRICS, Metric
 from engine.options import DATA, DataError, UserError, marked
 from study import stats
-from study.canvas import COLOURS, DARK, INFINITE, LETTER, STYLE, canvas, focus, key, line
+from study.canvas import COLOURS, DARK, INFINITE, LETTER, STYLE, canvas, focus, key, line, rows_of
 from study.comparisons import conditioning, forest, read_comparison
 from study.fingerprint import hash_of
 from study.runs import Groups, Run, script_of, series
@@ -133,20 +133,19 @@ def data_of(run: Run) -> set[tuple]:
     return {(key, value) for key, value in run.config.items() if key in names}
 
 
-def applied(runs: list[Run]) -> bool:
-    return any(run.config["precond"] for run in runs)
+def after(runs: list[Run]) -> str:
+    """The style of their line of C A."""
+    return AFTER if any(run.config["precond"] for run in runs) else WOULD_BE
 
 
-def judged(groups: Groups) -> tuple[str, str, float, str]:
-    """The metric that the first run is judged by: name, label, and its factor and unit as drawn."""
+def judged(groups: Groups) -> tuple[str, Metric]:
+    """The metric that the first run is judged by."""
     name = next(iter(groups.values()))[0].metric
-    metric = METRICS[name]
-    return name, metric.label, metric.scale, metric.drawn_unit
+    return name, METRICS[name]
 
 
-def better_side(name: str, lower: str, higher: str) -> str:
+def better_side(metric: Metric, lower: str, higher: str) -> str:
     """For an axis of differences: their unit, and where they are good, `lower` or `higher`."""
-    metric = METRICS[name]
     side = lower if metric.better == "lower" else higher
     return f"({metric.difference_unit}; {side} 0 is better)"
 
@@ -165,28 +164,29 @@ def validation(groups: Groups, x: str):
     Below it, where the groups share seeds and x, the difference to the first, paired by seed.
     """
     baseline = next(iter(groups))
-    name, label, scale, unit = judged(groups)
+    name, metric = judged(groups)
     curves = {group: series(runs, name, x) for group, runs in groups.items()}
     apart = {}
     for group, both in pairs(groups).items():
         if both and np.array_equal(curves[group][0], curves[baseline][0]):
             theirs, mine = (series(runs, name, x)[1] for runs in zip(*both))
             apart[group] = mine - theirs
-    figure, axes = canvas(groups, 2 if apart else 1, 1, (4.8, 2.5), f"Validation {label}", x,
-                          log=False, sharex=True)
+    title = f"Validation {metric.label}"
+    count = 2 if apart else 1
+    figure, axes = canvas(groups, count, 1, (4.8, 2.5), title, x, log=False, sharex=True)
     above, below = [], []
     for colour, (group, (xs, values)) in zip(COLOURS, curves.items()):
-        band = line(axes[0], xs, scale * values, colour, label=group, marker="o")
+        band = line(axes[0], xs, metric.scale * values, colour, label=group, marker="o")
         above.append((xs, *band))
         if group in apart:
-            band = line(axes[1], xs, scale * apart[group], colour, marker="o")
+            band = line(axes[1], xs, metric.scale * apart[group], colour, marker="o")
             below.append((xs, *band))
-    axes[0].set_ylabel(f"Validation {label} ({unit})")
+    axes[0].set_ylabel(f"{title} ({metric.drawn_unit})")
     focus(axes[0], above)
     if apart:
         axes[1].axhline(0, color=COLOURS[0], linewidth=1)
         said = textwrap.fill(f"Difference to {baseline}", int(2.5 / LETTER))
-        axes[1].set_ylabel(f"{said}\n{better_side(name, 'below', 'above')}")
+        axes[1].set_ylabel(f"{said}\n{better_side(metric, 'below', 'above')}")
         focus(axes[1], below, 0.0)
     key(figure, groups)
     return figure
@@ -197,18 +197,18 @@ def final_differences(groups: Groups) -> dict[str, list[float]]:
 
     Of the groups that share two seeds or more with it.
     """
-    scale = judged(groups)[2]
-    return {label: [scale * (run.final - first.final) for first, run in both]
+    _, metric = judged(groups)
+    return {label: [metric.scale * (run.final - first.final) for first, run in both]
             for label, both in pairs(groups).items() if len(both) > 1}
 
 
 def difference(groups: Groups, differences: dict[str, list[float]]):
     """A row for each group of `final_differences`."""
     baseline = next(iter(groups))
-    name, label, *_ = judged(groups)
-    title = (f"Validation {label} at the last step, paired by seed:\n"
+    _, metric = judged(groups)
+    title = (f"Validation {metric.label} at the last step, paired by seed:\n"
              "every seed, and the mean with its 95% interval")
-    said = f"Difference to {baseline} {better_side(name, 'left of', 'right of')}"
+    said = f"Difference to {baseline} {better_side(metric, 'left of', 'right of')}"
     figure, (ax,) = canvas(groups, 1, 1, (4.8, 0.3 + 0.4 * len(differences)), title,
                            textwrap.fill(said, int(4.8 / LETTER)))
     ax.axvline(0, color=COLOURS[0], linewidth=1)
@@ -222,9 +222,7 @@ def difference(groups: Groups, differences: dict[str, list[float]]):
             ends = [[pair.mean - pair.low], [pair.high - pair.mean]]
         ax.errorbar(pair.mean, row, xerr=ends, color=colours[group], marker="D", markersize=5,
                     capsize=4)
-    ax.set_yticks(range(len(differences)), [textwrap.fill(group, 30) for group in differences])
-    ax.set_ylim(len(differences) - 0.5, -0.5)
-    ax.grid(False, axis="y")
+    rows_of(ax, [textwrap.fill(group, 30) for group in differences])
     return figure
 
 
@@ -244,8 +242,8 @@ def kappa(groups: Groups, x: str):
                 continue
             # The marker shows a point between infinite ones.
             common = dict(log=True, edge=1 - 0.06 * i, marker="o", markersize=2)
-            line(ax, *series(runs, "kappa_after", x, layer), colour,
-                 linestyle=AFTER if applied(runs) else WOULD_BE, **common)
+            line(ax, *series(runs, "kappa_after", x, layer), colour, linestyle=after(runs),
+                 **common)
             dark = [0.6 * part for part in to_rgb(colour)]  # A stays visible where C does nothing
             line(ax, *series(runs, "kappa_before", x, layer), dark, linestyle=BEFORE, linewidth=1,
                  fillstyle="none", **common)
@@ -259,13 +257,9 @@ def kappa(groups: Groups, x: str):
 
 def line_styles(groups: Groups) -> dict[str, str]:
     """{meaning: style} of the lines of A and of C A."""
-    styles = {"A, before C": BEFORE}
-    for runs in groups.values():
-        if applied(runs):
-            styles["C A, after C"] = AFTER
-        else:
-            styles["C A, if C were applied"] = WOULD_BE
-    return styles
+    meanings = {AFTER: "C A, after C", WOULD_BE: "C A, if C were applied"}
+    used = dict.fromkeys(map(after, groups.values()))
+    return {"A, before C": BEFORE} | {meanings[style]: style for style in used}
 
 
 def training(groups: Groups, x: str):
@@ -314,7 +308,7 @@ def spectrum(groups: Groups, values: dict[str, list[tuple[np.ndarray, float]]], 
     for ax, colour, (label, runs) in zip(axes, COLOURS, groups.items()):
         ax.set_yscale("log")
         kappas = []
-        looks = (BEFORE, DARK), (AFTER if applied(runs) else WOULD_BE, colour)
+        looks = (BEFORE, DARK), (after(runs), colour)
         for (s, median), (style, shade) in zip(values[label], looks):
             index = np.arange(1, s.shape[1] + 1)
             low, middle, high = np.quantile(s, (0.1, 0.5, 0.9), axis=0)

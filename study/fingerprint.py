@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 from data.folders import sha256
@@ -12,27 +13,19 @@ from engine.options import UserError
 
 def code_hash(script: Path) -> str:
     """Of the script and of every module of this project that it imports, directly or not."""
-    root = script.parent
-    pending = [script]
+    finder = ModuleFinder([str(script.parent)])
+    finder.run_script(str(script))
     seen = {}
-    while pending:
-        path = pending.pop()
-        name = path.relative_to(root).as_posix()
-        if name in seen:
+    for module in finder.modules.values():
+        if module.__path__ or not module.__file__:  # a folder, or built into Python
             continue
+        path = Path(module.__file__)
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            names = []
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [alias.name for alias in node.names]
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module, *(f"{node.module}.{part}" for part in names)]
-            files = [root / (module.replace(".", "/") + ".py") for module in names]
-            pending += [file for file in files if file.exists()]
-            if (isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-                    and ast.get_docstring(node) is not None):
+            can_have = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            if can_have and ast.get_docstring(node) is not None:
                 del node.body[0]
-        seen[name] = ast.dump(tree)
+        seen[path.relative_to(script.parent).as_posix()] = ast.dump(tree)
     return hash_of(seen)
 
 

@@ -47,9 +47,6 @@ class Job:
     identity: dict
     process: subprocess.Popen | None = None
 
-    def ended(self) -> bool:
-        return (self.folder / "record.json").exists()
-
 
 class Stopped(Exception):
     """A signal asked for the end."""
@@ -72,6 +69,8 @@ class Comparison:
         self.module = SCRIPTS[script]
         self.code = code_hash(ROOT / script)
         self.tunings = tunings
+        self.seeds = range(config.first_seed, config.first_seed + config.seeds)
+        self.tune_seeds = range(TUNE_SEED, TUNE_SEED + config.tune_seeds)
         self.signal = 0
         self.active = []
         self.check()
@@ -79,9 +78,8 @@ class Comparison:
     def check(self):
         """Raises UserError for anything that would stop a job before it begins."""
         stats.scipy_stats()
-        first = self.config.first_seed
-        if (self.tunings and first < TUNE_SEED + self.config.tune_seeds
-                and first + self.config.seeds > TUNE_SEED):
+        first = self.seeds[0]
+        if self.tunings and set(self.tune_seeds).intersection(self.seeds):
             raise UserError(f"first_seed={first}: the seeds must not reach those of --tune, "
                             f"{TUNE_SEED} and on")
         for name in OURS.keys() & self.parse([])[1].keys():
@@ -89,23 +87,22 @@ class Comparison:
         known = options.options(self.module.Config)
         evaluated = set()
         for arm in self.arms:
-            settings = dict.fromkeys(arm.keys, f"the arm {arm.name!r}")
-            for key in self.tunings.keys() & settings:
+            for key in self.tunings.keys() & arm.keys:
                 raise UserError(f"{key} is tuned, and set by the arm {arm.name!r}: choose one")
-            settings |= dict.fromkeys(self.tunings, "--tune")
-            for key, who in settings.items():
+            for key in (*arm.keys, *self.tunings):
                 if key in OURS or options.find(key, known).mark == DATA:
+                    who = "--tune" if key in self.tunings else f"the arm {arm.name!r}"
                     reason = OURS.get(key, "arms on different data cannot be paired")
                     raise UserError(f"{who} sets {key}: {reason}")
             tried = [{key: value} for key, values in self.tunings.items() for value in values]
             for chosen in tried or [{}]:
-                values = self.job(arm, self.config.first_seed, chosen).identity["config"]
+                values = self.job(arm, first, chosen).identity["config"]
                 if values["max_iters"] < 1:
                     raise UserError("max_iters=0 trains nothing that could be compared")
                 evaluated.add(values["batch_size"] * values["eval_iters"])
         if len(evaluated) > 1:
-            raise UserError("batch_size x eval_iters would be "
-                            f"{' or '.join(map(str, sorted(evaluated)))}: arms that are evaluated "
+            products = " or ".join(map(str, sorted(evaluated)))
+            raise UserError(f"batch_size x eval_iters would be {products}: arms that are evaluated "
                             "on different samples cannot be paired. Give both options in each "
                             "--arm, with one product")
 
@@ -176,11 +173,17 @@ class Comparison:
         run = Run.read_ended(job.folder)
         return "diverged" if diverged else f"{run.metric} {run.final:.4f}"
 
-    def train(self, jobs: list[Job]):
-        """Bring all to their end. Raises Stopped; however this ends, the jobs under way save."""
-        # By folder: --tune with 1e-3,0.001 asks for one job twice.
-        waiting = list({job.folder: job for job in jobs if not job.ended()}.values())
-        self.left -= len(jobs) - len(waiting)
+    def train(self, jobs: list[list[Job]]):
+        """Bring all of each arm's jobs, which are in the order of the seeds, to their end.
+
+        Raises Stopped; however this ends, the jobs under way save.
+        """
+        self.left -= sum(map(len, jobs))
+        # Seed after seed: an early stop leaves whole pairs, and a slow hour of the machine slows
+        # all arms. By folder: --tune with 1e-3,0.001 asks for one job twice.
+        waiting = {job.folder: job for pair in zip(*jobs) for job in pair}
+        waiting = [job for job in waiting.values() if not (job.folder / "record.json").exists()]
+        self.left += len(waiting)
         try:
             while waiting or self.active:
                 while waiting and len(self.active) < self.config.jobs and not self.signal:
@@ -218,11 +221,10 @@ class Comparison:
 
         Raises Stopped, UserError, and OSError where out_dir cannot be written to.
         """
-        config = self.config
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = Lock(self.folder / "lock", str(self.folder))
-        tuning = config.tune_seeds * sum(map(len, self.tunings.values()))
-        self.left = (config.seeds + tuning) * len(self.arms)
+        values = sum(map(len, self.tunings.values()))
+        self.left = (len(self.seeds) + len(self.tune_seeds) * values) * len(self.arms)
         self.ended = 0  # by this command
         self.since = time.monotonic()
         before = {number: signal.signal(number, self.stop)
@@ -230,12 +232,10 @@ class Comparison:
         try:
             for key in self.tunings:
                 self.tune(key)
-            jobs = {}
-            for arm in self.arms:
-                seeds = range(config.first_seed, config.first_seed + config.seeds)
-                jobs[arm.name] = [self.job(arm, seed, arm.chosen) for seed in seeds]
-                arm.folders = [job.folder for job in jobs[arm.name]]
-            self.train(by_seed(jobs))
+            jobs = [[self.job(arm, seed, arm.chosen) for seed in self.seeds] for arm in self.arms]
+            for arm, its_jobs in zip(self.arms, jobs):
+                arm.folders = [job.folder for job in its_jobs]
+            self.train(jobs)
         finally:
             self.lock.release()
             for number, handler in before.items():
@@ -246,60 +246,52 @@ class Comparison:
 
         An arm whose best is at an end of its values gets one more beyond, up to WIDENINGS times.
         """
-        seeds = range(TUNE_SEED, TUNE_SEED + self.config.tune_seeds)
-        tried = {arm.name: list(self.tunings[key]) for arm in self.arms}
-        trials = {}
-        for widening in range(WIDENINGS + 1):
-            new = {(arm.name, value): [self.job(arm, seed, arm.chosen | {key: value})
-                                       for seed in seeds]
-                   for arm in self.arms for value in tried[arm.name]
-                   if (arm.name, value) not in trials}
-            self.train(by_seed(new))
-            trials |= new
-            best = {arm.name: self.best_value(arm, key, tried[arm.name], trials)
-                    for arm in self.arms}
-            if widening == WIDENINGS or not self.widen(key, tried, best):
-                break
+        new = [(arm, value) for arm in self.arms for value in self.tunings[key]]
         for arm in self.arms:
-            arm.chosen[key] = best[arm.name]
+            arm.tuned[key] = {}
+        for widening in range(WIDENINGS + 1):
+            jobs = [[self.job(arm, seed, arm.chosen | {key: value}) for seed in self.tune_seeds]
+                    for arm, value in new]
+            self.train(jobs)
+            for (arm, value), its_jobs in zip(new, jobs):
+                arm.tuned[key][value] = self.mean(its_jobs)
+            for arm in self.arms:
+                arm.chosen[key] = self.best_value(arm, key)
+            new = self.widen(key) if widening < WIDENINGS else []
+            if not new:
+                break
 
-    def best_value(self, arm: Arm, key: str, values: list[str], trials: dict) -> str:
+    def mean(self, jobs: list[Job]) -> float | None:
+        """Of the final results; None where a job diverged."""
+        runs = [Run.read_ended(job.folder) for job in jobs]
+        if any(run.diverged for run in runs):
+            return None
+        self.metric = runs[0].metric
+        return statistics.fmean(run.final for run in runs)
+
+    def best_value(self, arm: Arm, key: str) -> str:
         """The value with the best mean on the tuning seeds, if it never diverged."""
-        means = {}
-        for value in values:
-            runs = [Run.read_ended(job.folder) for job in trials[arm.name, value]]
-            if not any(run.diverged for run in runs):
-                means[value] = statistics.fmean(run.final for run in runs)
-                metric = runs[0].metric
+        means = {value: mean for value, mean in arm.tuned[key].items() if mean is not None}
         if not means:
-            raise UserError(f"every value of --tune {key}={','.join(values)} diverged for the arm "
-                            f"{arm.name}: give lower ones")
-        arm.tuned[key] = {value: means.get(value) for value in values}
-        pick = min if METRICS[metric].better == "lower" else max
+            raise UserError(f"every value of --tune {key}={','.join(arm.tuned[key])} diverged for "
+                            f"the arm {arm.name}: give lower ones")
+        pick = min if METRICS[self.metric].better == "lower" else max
         return pick(means, key=means.get)
 
-    def widen(self, key: str, tried: dict[str, list[str]], best: dict[str, str]) -> bool:
-        """Whether a value was added to those of any arm."""
-        widened = False
+    def widen(self, key: str) -> list[tuple[Arm, str]]:
+        """The arms whose best value is at an end of those tried, each with the next one."""
+        new = []
         for arm in self.arms:
-            value = beyond(tried[arm.name], best[arm.name])
+            best = arm.chosen[key]
+            value = beyond(arm.tuned[key], best)
             if value is None:
                 continue
             try:
                 self.job(arm, TUNE_SEED, arm.chosen | {key: value})
             except UserError:  # the script knows no such value: the end is the option's own
                 continue
-            print(f"{arm.name}: {key}={best[arm.name]} is the best yet and at the end of the "
+            print(f"{arm.name}: {key}={best} is the best yet and at the end of the "
                   f"values tried; {value} is next", flush=True)
-            tried[arm.name].append(value)
-            self.left += self.config.tune_seeds
-            widened = True
-        return widened
-
-
-def by_seed(jobs: dict) -> list[Job]:
-    """All jobs, seed after seed.
-
-    An early stop leaves whole pairs, and a slow hour of the machine slows all arms.
-    """
-    return [job for group in zip(*jobs.values()) for job in group]
+            new.append((arm, value))
+            self.left += len(self.tune_seeds)
+        return new

@@ -2,11 +2,13 @@
 
 compare.md is what is printed, compare.json holds its numbers.
 """
+import contextlib
+import itertools
 import json
 import math
 import shlex
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,8 +18,12 @@ from study import stats
 from study.arms import Arm, beyond
 from study.runs import Run
 
-SEEN_BY_LAYER = {"kappa of A": "kappa_before", "kappa of C A": "kappa_after",
-                 "power": "precond_power", "scale": "precond_scale"}
+# Of the last records, by layer: what it is called, and how runs are summed up.
+BY_LAYER = {"kappa_before": ("kappa of A", statistics.median),
+            "kappa_after": ("kappa of C A", statistics.median),
+            "precond_power": ("power", statistics.fmean),
+            "precond_scale": ("scale", statistics.fmean)}
+FACTS = ("script", "threads", "torch", "code", "device", "dtype")  # that all runs share
 DIFFERENCE = ("difference", "95% interval", "seeds won", "p (Holm)")
 
 
@@ -53,38 +59,37 @@ def summarise(arms: list[Arm]) -> dict:
         raise UserError("every run diverged: nothing to compare. Lower --learning_rate, "
                         "or set --grad_clip or --warmup_iters")
     baseline = runs[arms[0].name]
-    summaries = {name: describe(group, baseline, metric) for name, group in runs.items()}
-    within = {arm.name: {"to": arm.beside} | pairing(runs[arm.name], runs[arm.beside], metric)
+    summaries = {name: describe(group, baseline) for name, group in runs.items()}
+    within = {arm.name: {"to": arm.beside} | pairing(runs[arm.name], runs[arm.beside])
               for arm in arms if arm.beside not in ("", arm.name)}
     correct(summaries.values())
     correct(within.values())
+    good = {name: [run.folder.name for run in group if not run.diverged]
+            for name, group in runs.items()}
     identity = baseline[0].ended["identity"]
-    return {"metric": metric,
-            **{key: identity[key] for key in ("script", "threads", "torch", "code")},
-            **{key: identity["config"][key] for key in ("device", "dtype")},
+    known = identity | identity["config"]
+    return {"metric": metric, **{key: known[key] for key in FACTS},
             "serial": all(run.ended["serial"] for run in every),
             "training_seconds": sum(run.records[-1]["elapsed_s"] for run in every if run.records),
-            "runs": {name: names for name, group in runs.items()
-                     if (names := [run.folder.name for run in group if not run.diverged])},
+            "runs": {name: folders for name, folders in good.items() if folders},
             "arms": summaries, "within": within}
 
 
-def describe(group: list[Run], baseline: list[Run], metric: str) -> dict:
+def describe(group: list[Run], baseline: list[Run]) -> dict:
     """What is said about an arm."""
     good = [run for run in group if not run.diverged]
     arm = {"seeds": [run.seed for run in group],
-           "final": [None if run.diverged else run.final for run in group],
-           "kappa": [None if run.diverged else conditioning(run) for run in group],
+           "final": [run.final for run in group],
+           "kappa": [conditioning(run) for run in group],
            "diverged": {run.seed: run.diverged for run in group if run.diverged}}
     if good:
         last = [run.records[-1] for run in good]
         finals = [run.final for run in good]
         arm |= {"mean": statistics.fmean(finals), "sd": spread(finals),
-                "peak_memory_mb": statistics.median(r["peak_memory_mb"] for r in last),
-                "kappa_before": layers(last, "kappa_before", statistics.median),
-                "kappa_after": layers(last, "kappa_after", statistics.median),
-                "precond_power": layers(last, "precond_power", statistics.fmean),
-                "precond_scale": layers(last, "precond_scale", statistics.fmean)}
+                "peak_memory_mb": statistics.median(r["peak_memory_mb"] for r in last)}
+        for key, (_, middle) in BY_LAYER.items():
+            by_layer = zip(*(r[key] for r in last if key in r))
+            arm[key] = [finite(middle, values) for values in by_layer]
         if all(run.ended["serial"] for run in good):
             arm["tokens_per_s"] = statistics.median(r["tokens"] / r["elapsed_s"] for r in last)
         if all(run.test is not None for run in good):
@@ -100,31 +105,29 @@ def describe(group: list[Run], baseline: list[Run], metric: str) -> dict:
         arm["steps_to_target"] = statistics.median(steps)
         arm["seconds_to_target"] = statistics.median(seconds)
     if group is not baseline:
-        arm |= pairing(group, baseline, metric)
+        arm |= pairing(group, baseline)
     return arm
 
 
 def conditioning(run: Run) -> float | None:
-    """Kappa of the matrices that the model used, C A or A, at the last step; None: infinite.
+    """Kappa of the matrices that the model used, C A or A, at the last step: the layers' median.
 
-    The median over layers.
+    None: infinite, or the run diverged.
     """
+    if run.diverged:
+        return None
     used = "kappa_after" if run.config["precond"] else "kappa_before"
-    kappas = [math.inf if kappa is None else kappa for kappa in run.records[-1][used]]
-    middle = statistics.median(kappas)
-    return middle if math.isfinite(middle) else None
+    return finite(statistics.median, run.records[-1][used])
 
 
 def spread(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def layers(records: list[dict], name: str, middle: Callable) -> list[float | None]:
-    """By layer, the middle of what the records have; None is infinite, there and here."""
-    lists = [[math.inf if value is None else value for value in r[name]]
-             for r in records if name in r]
-    middles = [middle(values) for values in zip(*lists)]
-    return [value if math.isfinite(value) else None for value in middles]
+def finite(middle: Callable, values: Iterable[float | None]) -> float | None:
+    """The median or mean of the values; None is infinite, among them and here."""
+    result = middle([math.inf if value is None else value for value in values])
+    return result if math.isfinite(result) else None
 
 
 def reached(run: Run, target: float) -> tuple[int, float] | None:
@@ -134,18 +137,20 @@ def reached(run: Run, target: float) -> tuple[int, float] | None:
             return r["step"], r["elapsed_s"]
 
 
-def pairing(group: list[Run], other: list[Run], metric: str) -> dict:
+def pairing(group: list[Run], other: list[Run]) -> dict:
     """The differences of `group` to `other` by seed.
 
     Empty where a run diverged: seeds that did would flatter the others' mean.
     """
-    if any(run.diverged for run in group + other):
+    both = group + other
+    if any(run.diverged for run in both):
         return {}
     differences = [b.final - a.final for a, b in zip(other, group)]
-    scale = max(abs(run.final) for run in group + other)
+    scale = max(abs(run.final) for run in both)
+    won = [d != 0 and is_better(both[0].metric, d, 0) for d in differences]
     result = {"paired": asdict(stats.paired(differences, scale)), "differences": differences,
-              "wins": sum(d != 0 and is_better(metric, d, 0) for d in differences)}
-    if all(run.test is not None for run in group + other):
+              "wins": sum(won)}
+    if all(run.test is not None for run in both):
         tests = [b.test - a.test for a, b in zip(other, group)]
         result["test_paired"] = asdict(stats.paired(tests))
     return result
@@ -228,39 +233,30 @@ def costs(summary: dict, alone: str) -> list[str]:
 def by_layer(summary: dict) -> list[str]:
     rows = []
     for name, arm in summary["arms"].items():
-        for what, key in SEEN_BY_LAYER.items():
+        for key, (what, _) in BY_LAYER.items():
             if values := arm.get(key):
                 numbers = ["inf" if value is None else f"{value:.4g}" for value in values]
                 rows.append([name, what, *numbers])
     if not rows:
         return []
-    # Arms can differ in their depth.
-    depth = max(map(len, rows))
-    rows = [row + [""] * (depth - len(row)) for row in rows]
+    depth = max(map(len, rows)) - 2  # arms can differ in it
     return ["By layer at the last step: the median condition number kappa (for an arm without C, "
             "that of C A is what C would make of it), and learned powers, the mean over heads and "
             "seeds:", "",
-            *table(["arm", "what", *(f"layer {i}" for i in range(depth - 2))], rows)]
+            *table(["arm", "what", *(f"layer {i}" for i in range(depth))], rows)]
 
 
 def tuning(arms: list[Arm], option: str, metric: str) -> list[str]:
-    values = {value for arm in arms for value in arm.tuned[option]}
-    try:
+    values = dict.fromkeys(value for arm in arms for value in arm.tuned[option])
+    with contextlib.suppress(ValueError):  # words have no order
         values = sorted(values, key=float)
-    except ValueError:  # words have no order
-        values = list(arms[0].tuned[option])
     rows = []
-    edge = []
     for arm in arms:
-        tried = arm.tuned[option]
-        rows.append([arm.name])
-        for value in values:
-            mean = tried.get(value)
-            said = "diverged" if value in tried else ""
-            mark = "*" if value == arm.chosen[option] else ""
-            rows[-1].append(said if mean is None else f"{mean:.4f}{mark}")
-        if beyond(tried, arm.chosen[option]):
-            edge.append(arm.name)
+        said = {value: "diverged" if mean is None else f"{mean:.4f}"
+                for value, mean in arm.tuned[option].items()}
+        said[arm.chosen[option]] += "*"
+        rows.append([arm.name, *(said.get(value, "") for value in values)])
+    edge = [arm.name for arm in arms if beyond(arm.tuned[option], arm.chosen[option])]
     lines = [f"Mean {metric} by {option}, on other seeds; each arm has its best one (*):", "",
              *table(["arm", *values], rows)]
     if edge:
@@ -319,6 +315,9 @@ def cells(values: dict, **formats: str) -> list[str]:
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    """Rows can be shorter than the head."""
+    columns = list(itertools.zip_longest(head, *rows, fillvalue=""))
+    widths = [max(map(len, column)) for column in columns]
+    head, *rows = zip(*columns)
     lines = [head, ["-" * width for width in widths], *rows]
     return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines] + [""]

@@ -99,8 +99,9 @@ class Run:
         return judging(self.evaluations[-1]) if self.evaluations else None
 
     @property
-    def final(self) -> float:
-        return self.evaluations[-1][self.metric]
+    def final(self) -> float | None:
+        """The last result; None of a run that diverged."""
+        return self.evaluations[-1][self.metric] if self.evaluations else None
 
     def along(self, x: str) -> dict[int, float]:
         """{step: x} of all records; x: step, tokens, seconds."""
@@ -208,8 +209,8 @@ def series(runs: list[Run], name: str, x: str, layer: int | None = None
             values = {step: layers[layer] for step, layers in values.items()}
         tables.append(values)
     steps = sorted(set(tables[0]).intersection(*tables))
-    values = [[np.inf if table[step] is None else table[step] for step in steps]
-              for table in tables]
+    values = np.array([[table[step] for step in steps] for table in tables], float)
+    values[np.isnan(values)] = np.inf  # None
     places = [run.along(x) for run in runs]
     xs = np.array([[place[step] for step in steps] for place in places], float)
-    return xs.mean(axis=0), np.array(values, float)
+    return xs.mean(axis=0), values

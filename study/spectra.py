@@ -79,8 +79,9 @@ def spectra(groups: Groups, layer: int) -> dict[str, list[tuple[np.ndarray, floa
         for found in before, after:
             full = [matrix for matrix in found if min(matrix.shape) == rank]
             values = torch.stack([torch.linalg.svdvals(matrix.double()) for matrix in full])
+            values /= values[:, :1].clone()
             kappas = torch.stack([condition_number(matrix) for matrix in full])
-            result[label].append(((values / values[:, :1]).numpy(), kappas.median().item()))
+            result[label].append((values.numpy(), kappas.median().item()))
     return result
 
 

@@ -3,6 +3,8 @@ import math
 import statistics
 from dataclasses import dataclass
 
+import numpy as np
+
 from engine.options import UserError
 
 ROUNDING = 2.0**-23  # of float32, in which models are trained and evaluated
@@ -59,25 +61,24 @@ def seeds_needed(mean: float, sd: float, alpha: float = 0.05) -> int | None:
     The test is two-sided at level alpha. n >= ((t_(1 - alpha/2) + t_0.8) sd / mean)^2, with
     quantiles for n - 1 degrees of freedom.
     """
-    def enough(distribution, *freedom) -> float:
-        quantiles = distribution.ppf([1 - alpha / 2, 0.8], *freedom)
+    def enough(freedom: float) -> float:
+        quantiles = student.ppf([1 - alpha / 2, 0.8], freedom)
         return (sum(quantiles) * sd / mean) ** 2
 
-    stats = scipy_stats()
-    # Student's quantiles exceed the normal distribution's: fewer are never enough.
-    if mean == 0 or enough(stats.norm) > 100_000:
+    student = scipy_stats().t
+    # Its quantiles fall towards the normal distribution's: fewer than these are never enough.
+    if mean == 0 or enough(math.inf) > 100_000:
         return None
-    n = max(2, math.ceil(enough(stats.norm)))
-    while n < enough(stats.t, n - 1):
+    n = max(2, math.ceil(enough(math.inf)))
+    while n < enough(n - 1):
         n += 1
     return n
 
 
 def holm(p_values: list[float]) -> list[float]:
     """Holm's (1979) adjusted p values, in the order given."""
-    adjusted = [0.0] * len(p_values)
-    running = 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = running
-    return adjusted
+    p = np.array(p_values)
+    order = p.argsort(kind="stable")
+    left = np.arange(len(p), 0, -1)  # hypotheses that are not rejected yet
+    p[order] = np.maximum.accumulate(left * p[order]).clip(max=1)
+    return p.tolist()

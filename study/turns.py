@@ -50,17 +50,16 @@ def serve(pipe, make: Callable, arguments: tuple):
         pipe.send(getattr(served, method)(*arguments))
 
 
-def in_turn(workers: dict[str, Worker], rounds: int, *commands: tuple) -> list[dict[str, list]]:
-    """For each command the workers' answers, lists joined, of all rounds.
+def in_turn(workers: dict[str, Worker], rounds: int, method: str, *arguments) -> dict[str, list]:
+    """The workers' answers, lists, those of all rounds joined.
 
     A round begins with another worker than the one before.
     """
     names = list(workers)
-    answers = [{name: [] for name in names} for _ in commands]
+    answers = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:
-            for command, answer in zip(commands, answers):
-                answer[name] += workers[name].ask(*command)
+            answers[name] += workers[name].ask(method, *arguments)
         names.append(names.pop(0))
     return answers
 
@@ -91,8 +90,8 @@ def profile(work: Callable, compute: Compute, path: Path):
     profiler.export_chrome_trace(str(path.with_suffix(".json")))
 
 
-def quartiles(seconds: list[float]) -> tuple[float, float, float]:
-    return tuple(np.quantile(seconds, (0.25, 0.5, 0.75)).tolist())
+def quartiles(seconds: list[float]) -> list[float]:
+    return np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
 
 
 def overlap(a: tuple, b: tuple) -> bool:

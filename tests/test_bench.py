@@ -91,21 +91,38 @@ def test_utilisation_is_flops_over_the_measured_peak(monkeypatch):
     best peak count.
 
     Memory is read before the matrix product is timed, which starts its peak anew."""
-    class FakeWorker:
-        def __init__(self, start, config, size, arm):
-            self.seconds = iter([[9.0], [1.0, 2.0], [2.0, 50.0]])
-            self.peaks = iter([[20e3], [32e3]])
-            self.memory = 100.0
+    seconds = iter([[9.0], [1.0, 2.0], [2.0, 50.0]])
 
-        def ask(self, command):
-            if command in ("train", "peak"):
-                self.memory = 300.0 if command == "train" else 100.0
-                return next(self.seconds if command == "train" else self.peaks)
-            return {"describe": ("float32", "plain", 1000), "memory": [self.memory]}[command]
+    class FakeCompute:
+        dtype = "float32"
+        peaks = iter([20e3, 32e3, 25e3])
+
+        def peak_memory_mb(self):
+            return self.memory
+
+        def matmul_peak(self):
+            self.memory = 100.0
+            return next(self.peaks)
+
+    class FakeWorker(bench.Runner):
+        compute = FakeCompute()
+        model = step = None
+        flops_per_token = 1000
+
+        def __init__(self, start, config, size, arm):
+            pass
+
+        def ask(self, method):
+            return getattr(self, method)()
 
         def close(self):
             pass
+
+    def time_turn(step, compute, turn):
+        compute.memory = 300.0
+        return next(seconds)
     monkeypatch.setattr(bench, "Worker", FakeWorker)
+    monkeypatch.setattr(bench, "time_turn", time_turn)
     monkeypatch.setitem(bench.SIZES, "default", SIZE)
     config = bench.Config(arms="precond", rounds=2, sampling=False)
     result = bench.measure(config, "default")["precond"]

@@ -330,6 +330,7 @@ def test_finished_runs_are_kept_and_others_never_mixed(study, tmp_path, monkeypa
 
 def test_the_code_that_a_run_imports(tmp_path):
     (tmp_path / "data").mkdir()
+    (tmp_path / "data/__init__.py").touch()
     sources = {"script.py": '"""Doc."""\nimport os, near\nfrom data import far\n',
                "near.py": "x = 1\n",
                "data/far.py": "def f():\n    import last\n", "last.py": "y = 1\n",

@@ -4,6 +4,7 @@
 
 A classifier's answer and label stand above its image. Needs pillow.
 """
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -29,30 +30,33 @@ def show(task, model, compute: Compute, count: int, folder: Path):
     config, classes = task.config, task.data.classes
     zoom = -(-SIDE // config.image_size)
     side = zoom * config.image_size
-    for i in range(min(count, len(task.data.val))):
-        images, *targets = task.data.val.batch([i])
+    val = task.data.val
+    for i in range(min(count, len(val))):
+        images, *targets = val.batch([i])
         with compute.autocast():
             outputs, _ = model(*compute.move(images))
         pixels = images[0].permute(1, 2, 0).numpy()  # (3, S, S) -> (S, S, 3)
         picture = Image.fromarray(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1))
         path = folder / f"val_{i}.png"
+        panels = {}  # by their titles
         if task.classify:
             answer, label = classes[outputs[0].argmax()], classes[targets[0]]
             wrong = "" if answer == label else "  (wrong)"
-            panels = {f"predicted {answer}, label {label}{wrong}": picture}
+            panels[f"predicted {answer}, label {label}{wrong}"] = picture
         else:
             true = true_objects(config.task, [t[0] for t in targets], side)
             square = {"id": 0, "width": side, "height": side}
             found = detections(config.task, outputs, [square])
             found = [d for d in found if d["score"] > SHOWN_SCORE]
-            panels = {f"truth: {len(true)}": draw(picture, true, classes),
-                      f"found, score above {SHOWN_SCORE:.0%}: {len(found)}":
-                          draw(picture, found, classes)}
-        sheet = Image.new("RGB", ((side + GAP) * len(panels) - GAP, side + TITLE), "white")
-        for x, (title, panel) in enumerate(panels.items()):
-            left = x * (side + GAP)
+            panels[f"truth: {len(true)}"] = draw(picture, true, classes)
+            title = f"found, score above {SHOWN_SCORE:.0%}: {len(found)}"
+            panels[title] = draw(picture, found, classes)
+        step = side + GAP
+        sheet = Image.new("RGB", (step * len(panels) - GAP, side + TITLE), "white")
+        pen = ImageDraw.Draw(sheet)
+        for left, (title, panel) in zip(itertools.count(0, step), panels.items()):
             sheet.paste(panel, (left, TITLE))
-            ImageDraw.Draw(sheet).text((left + 4, 4), title, fill="black", font_size=FONT)
+            pen.text((left + 4, 4), title, fill="black", font_size=FONT)
         sheet.save(path)
         print(f"{path}: {'; '.join(panels)}")
 
@@ -87,10 +91,13 @@ def draw(picture, objects: list[dict], classes: list[str]):
             pen.rectangle([x, y, x + w, y + h], outline=colour, width=3)
     placed = []  # where names are: another is not written over them
     for d in objects:
-        box = coco.rle.toBbox(d["segmentation"]) if "segmentation" in d else d["bbox"]
-        name = classes[d["category_id"]] + (f" {d['score']:.0%}" if "score" in d else "")
-        x = min(max(box[0] + 4, 0), picture.width - pen.textlength(name, font_size=FONT) - 4)
-        y = max(box[1] + 2, 0)
+        left, top, *_ = coco.rle.toBbox(d["segmentation"]) if "segmentation" in d else d["bbox"]
+        name = classes[d["category_id"]]
+        if "score" in d:
+            name += f" {d['score']:.0%}"
+        furthest = picture.width - pen.textlength(name, font_size=FONT) - 4
+        x = min(max(left + 4, 0), furthest)
+        y = max(top + 2, 0)
         while any(abs(x - other_x) < 80 and abs(y - other_y) < FONT for other_x, other_y in placed):
             y += FONT
         placed.append((x, y))

@@ -79,20 +79,20 @@ def make_network(config: VisionConfig, n_classes: int) -> nn.Module:
     vit = dict(intermediate_size=4 * config.n_embd, attention_probs_dropout_prob=config.dropout)
     if config.task == "classify":
         cls = transformers.ViTForImageClassification
-        settings = transformers.ViTConfig(**shape, **vit, image_size=config.image_size)
+        more = dict(**vit, image_size=config.image_size)
     elif config.task == "detect":
         cls = transformers.YolosForObjectDetection
         # DETR weighs boxes by 5 and 2: a small model then learns where long before what.
-        settings = transformers.YolosConfig(
-            **shape, **vit, image_size=[config.image_size] * 2, use_mid_position_embeddings=False,
+        more = dict(
+            **vit, image_size=[config.image_size] * 2, use_mid_position_embeddings=False,
             num_detection_tokens=config.queries, bbox_loss_coefficient=2, giou_loss_coefficient=1)
     else:
         cls = transformers.EomtForUniversalSegmentation
-        settings = transformers.EomtConfig(
-            **shape, image_size=config.image_size, mlp_ratio=4, attention_dropout=config.dropout,
+        more = dict(
+            image_size=config.image_size, mlp_ratio=4, attention_dropout=config.dropout,
             num_queries=config.queries, num_blocks=config.query_blocks, num_register_tokens=0,
             num_upscale_blocks=config.upscale_blocks, train_num_points=config.mask_points)
-    network = cls._from_config(settings, attn_implementation=name)
+    network = cls._from_config(cls.config_class(**shape, **more), attn_implementation=name)
     with torch.no_grad():
         positions = sincos_2d(config.image_size // config.patch_size, config.n_embd)
         if config.task == "segment":
@@ -139,25 +139,26 @@ class Vision(nn.Module):
         if self.config.task == "classify":
             logits = self.network(x).logits.float()
             return (logits,), F.cross_entropy(logits, *targets) if targets else None
+        objects = []  # of each image, without what fills it up: (classes, boxes or masks)
+        if targets:
+            counts, *filled = targets
+            objects = [(c[:n], t[:n]) for n, c, t in zip(counts.tolist(), *filled)]
         if self.config.task == "detect":
             found = self.network(x)
             outputs = found.logits.float(), found.pred_boxes.float()
-            return outputs, self.detection_loss(*outputs, *targets) if targets else None
+            return outputs, self.detection_loss(*outputs, objects) if targets else None
         labels = {}
         if targets:
-            counts, classes, masks = targets
-            counts = counts.tolist()
-            labels = dict(class_labels=[c[:n] for c, n in zip(classes, counts)],
-                          mask_labels=[m[:n].float() for m, n in zip(masks, counts)])
+            labels = dict(class_labels=[classes for classes, _ in objects],
+                          mask_labels=[masks.float() for _, masks in objects])
         found = self.network(x, **labels)
         return (found.class_queries_logits.float(), found.masks_queries_logits.float()), found.loss
 
-    def detection_loss(self, logits, boxes, counts, classes, targets):
+    def detection_loss(self, logits, boxes, objects):
         # The matching cannot take them; the loop reports a loss that is nan.
         if not (logits.isfinite().all() and boxes.isfinite().all()):
             return logits.sum() * torch.nan
-        labels = [dict(class_labels=c[:n], boxes=t[:n])
-                  for c, t, n in zip(classes, targets, counts.tolist())]
+        labels = [dict(class_labels=classes, boxes=its_boxes) for classes, its_boxes in objects]
         network = self.network
         with torch.autocast(logits.device.type, enabled=False):
             return network.loss_function(logits, labels, logits.device, boxes, network.config)[0]
@@ -173,9 +174,11 @@ class Vision(nn.Module):
         """
         c = self.config
         patches = (c.image_size // c.patch_size) ** 2
-        extra = {"classify": 1, "detect": 1 + c.queries,
-                 "segment": 1 + c.queries * c.query_blocks / c.n_layer}[c.task]
-        tokens = patches + extra
+        tokens = patches + 1
+        if c.task == "detect":
+            tokens += c.queries
+        elif c.task == "segment":
+            tokens += c.queries * c.query_blocks / c.n_layer
         of_weights = 6 * 12 * c.n_layer * c.n_embd**2
         of_attention = 12 * c.n_layer * c.n_embd * tokens
         return (of_weights + of_attention) * tokens / patches
@@ -183,9 +186,10 @@ class Vision(nn.Module):
 
 def corners(boxes: torch.Tensor, width: int, height: int) -> list[list[float]]:
     """Boxes (n, 4), centre and size in units of the image -> [[x, y, width, height]], in pixels."""
-    x, y, w, h = boxes.cpu().double().unbind(dim=-1)
-    left, top = x - w / 2, y - h / 2
-    return torch.stack([left * width, top * height, w * width, h * height], dim=-1).tolist()
+    centre, size = boxes.cpu().double().split(2, dim=-1)
+    corner = centre - size / 2
+    pixels = torch.tensor([width, height])
+    return torch.cat([corner * pixels, size * pixels], dim=-1).tolist()
 
 
 def detections(task: str, outputs: tuple[torch.Tensor, ...], records: list[dict]) -> list[dict]:
@@ -196,15 +200,15 @@ def detections(task: str, outputs: tuple[torch.Tensor, ...], records: list[dict]
     """
     scores, classes = outputs[0].softmax(dim=-1)[..., :-1].max(dim=-1)
     results = []
-    for i, record in enumerate(records):
+    for record, its_scores, its_classes, shapes in zip(records, scores, classes, outputs[1]):
         width, height = record["width"], record["height"]
         found = [{"image_id": record["id"], "category_id": c, "score": s}
-                 for c, s in zip(classes[i].tolist(), scores[i].tolist())]
+                 for c, s in zip(its_classes.tolist(), its_scores.tolist())]
         if task == "detect":
-            boxes = corners(outputs[1][i], width, height)
-            results += [d | {"bbox": box} for d, box in zip(found, boxes)]
+            for d, box in zip(found, corners(shapes, width, height)):
+                results.append(d | {"bbox": box})
             continue
-        logits = F.interpolate(outputs[1][i:i + 1], size=(height, width), mode="bilinear")[0]
+        logits = F.interpolate(shapes[None], size=(height, width), mode="bilinear")[0]
         probability = logits.sigmoid()  # (queries, height, width)
         masks = probability > 0.5
         sizes = masks.sum(dim=(1, 2))
