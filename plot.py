@@ -55,26 +55,25 @@ def main():
     folders, words = [], []
     value_follows = False
     for word in sys.argv[1:]:  # a word is a run, unless it is an option or the value of one
-        is_option = word.startswith("-")
-        (words if is_option or value_follows else folders).append(word)
+        if value_follows or word.startswith("-"):
+            words.append(word)
+        else:
+            folders.append(Path(word))
         value_follows = word.startswith("--") and "=" not in word
     config, _ = options.parse(Config, words, __doc__)
     if not folders:
         raise UserError("name the folder of at least one run: python plot.py RUN [RUN ...]; "
                         "see --help")
-    first, *others = map(Path, folders)
-    if all(folder.endswith(".json") for folder in folders):
-        for path in figures.draw_comparisons([first, *others], Path(config.out or "figures")):
-            print(path)
-        return
-    groups = runs.group([first, *others], config.labels)
-    out = Path("figures")
-    if config.out:
-        out = Path(config.out)
-    elif not others:
-        out = first if runs.compared(first) else first / out
-    figures.check_folder(groups, out)
-    for path in figures.draw(groups, out, config.x, config.layer):
+    out = Path(config.out or "figures")
+    if all(path.suffix == ".json" for path in folders):
+        drawn = figures.draw_comparisons(folders, out)
+    else:
+        groups = runs.group(folders, config.labels)
+        if len(folders) == 1 and not config.out:
+            out = folders[0] if runs.compared(folders[0]) else folders[0] / out
+        figures.check_folder(groups, out)
+        drawn = figures.draw(groups, out, config.x, config.layer)
+    for path in drawn:
         print(path)
 
 

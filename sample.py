@@ -174,8 +174,8 @@ def unescape(text: str) -> str:
 
 def read_prompts(start: str) -> list[str]:
     """The prompt itself, the content of FILE:path, or the lines of LINES:path. Raises UserError."""
-    prompts = [unescape(start)]
     kind, _, path = start.partition(":")
+    content = unescape(start)
     if kind in ("FILE", "LINES"):
         try:
             content = Path(path).read_text(encoding="utf-8-sig")
@@ -183,10 +183,9 @@ def read_prompts(start: str) -> list[str]:
             raise UserError(f"--start={start}: no such file") from None
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"--start={start}: cannot be read as UTF-8 text ({e})") from None
-        prompts = [content]
-        if kind == "LINES":
-            prompts = [line for line in content.split("\n") if line]
-    if not prompts or not prompts[0]:
+    prompts = content.split("\n") if kind == "LINES" else [content]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
         raise UserError("the prompt is empty: give at least one character with --start")
     return prompts
 

@@ -26,8 +26,8 @@ import precond
 WAYS = INTERFACE, SDPA, WRAP = "transformers' interface", "precondition_sdpa", "wrap"
 
 
-def text(*shape):
-    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(1))
+def text(*shape, vocabulary=50):
+    return torch.randint(3, vocabulary, shape, generator=torch.Generator().manual_seed(1))
 
 
 def noise(*shape):
@@ -40,10 +40,10 @@ def image(size):
 
 # Settings that several families share. Where a family has names of its own for hidden_size and the
 # other two, its configuration knows these too.
-WIDTH, HEADS, VOCAB = 32, 4, 50
+WIDTH, HEADS = 32, 4
 LAYERS = dict(hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=HEADS)
 SMALL = dict(intermediate_size=WIDTH, **LAYERS)
-TOKENS = dict(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+TOKENS = dict(vocab_size=50, bos_token_id=0, eos_token_id=0, pad_token_id=0)
 GPT = LAYERS | TOKENS
 BERT = SMALL | TOKENS
 VIT = dict(image_size=32, patch_size=8, **SMALL)

@@ -138,9 +138,10 @@ def inputs_of(model, config) -> list[dict]:
     mels = find("num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels") or 80
     frames = find("num_frames", "frames_per_clip") or 2
     sound = 2 * (find("max_source_positions") or 32)
+    length = find("max_length") or 64
     patch = find("patch_size") or 16
     patches = channels * (find("temporal_patch_size") or 1) * patch**2  # a patch as a row
-    ids = torch.randint(3, VOCAB // 2, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    ids = families.text(2, TOKENS, vocabulary=VOCAB // 2)
     image = noise(2, channels, size, size)
     video = image[:, None].expand(-1, frames, -1, -1, -1)
     series = noise(2, find("context_length") or 64, channels)
@@ -157,7 +158,7 @@ def inputs_of(model, config) -> list[dict]:
         query_embeds=[noise(2, 8, find("hidden_size") or 64)],
         encoder_hidden_states=[noise(2, 8, find("encoder_hidden_size") or 64)],
         pixel_values_videos=[video],
-        input_values=[noise(2, 4000), noise(2, 1, 4000), noise(2, find("max_length") or 64, mels)],
+        input_values=[noise(2, 4000), noise(2, 1, 4000), noise(2, length, mels)],
         input_features=[noise(2, mels, sound), noise(2, 64, mels)],
         past_values=[series])
     takes = inspect.signature(model.forward).parameters.keys()

@@ -70,7 +70,8 @@ def train(name: str, seed: int, **options):
 for name, seed in itertools.product(MODELS, (1, 2)):
     with precond.record() as calls:
         next(train(name, seed, power=0.0))
-    ordinary = torch.cat([a.norm(dim=-1).flatten() for a, _ in calls]).median().item()
+    lengths = torch.cat([a.norm(dim=-1).flatten() for a, _ in calls])
+    ordinary = lengths.median().item()
     for arm in ({}, dict(eps=1e-8), dict(eps=ordinary), dict(eps=0.1)):
         norms, losses = zip(*train(name, seed, **arm))
         shown = [f"{norms[step - 1]:.3g}" for step in SHOWN if step <= len(norms)]

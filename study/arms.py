@@ -28,9 +28,13 @@ def make_arms(vary: list[str], named: list[str]) -> list[Arm]:
     """The grid of all --vary, then an arm for each --arm. Raises UserError."""
     varied = [settings_of(text) for text in vary]
     arms = []
-    for settings in itertools.product(*varied) if varied else ():
-        beside = " ".join([*settings[:-1], varied[-1][0]]) if len(varied) > 1 else ""
-        arms.append(Arm(" ".join(settings), [f"--{word}" for word in settings], beside))
+    grid = itertools.product(*varied) if varied else ()
+    for settings in grid:
+        words = [f"--{word}" for word in settings]
+        beside = ""
+        if len(varied) > 1:
+            beside = " ".join([*settings[:-1], varied[-1][0]])
+        arms.append(Arm(" ".join(settings), words, beside))
     arms += map(named_arm, named)
     if len(arms) < 2:
         raise UserError("nothing to compare: give --vary KEY=VALUE,VALUE, or --arm twice")
@@ -69,13 +73,16 @@ def beyond(values: Iterable[str], best: str) -> str | None:
     have such a value.
     """
     try:
-        numbers = sorted({float(value) for value in values})
+        numbers = sorted(set(map(float, values)))
     except ValueError:  # words have no end
         return None
-    if numbers[0] <= 0 or len(numbers) < 2 or float(best) not in (numbers[0], numbers[-1]):
+    end = float(best)
+    if len(numbers) < 2 or numbers[0] <= 0:
         return None
-    neighbour = numbers[1] if float(best) == numbers[0] else numbers[-2]
-    return f"{float(best) ** 2 / neighbour:.10g}"
+    if end not in (numbers[0], numbers[-1]):
+        return None
+    neighbour = numbers[1] if end == numbers[0] else numbers[-2]
+    return f"{end**2 / neighbour:.10g}"
 
 
 def named_arm(text: str) -> Arm:

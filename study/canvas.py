@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from study.runs import Groups
+from study.runs import Groups, every
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
            "#000000")  # Okabe and Ito 2008, without their yellow
@@ -28,23 +28,24 @@ def line(ax, xs: np.ndarray, values: np.ndarray, colour, log: bool = False, edge
     infinite there is no band.
     """
     if log:
-        middle, low, high = np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
+        middle = np.median(values, axis=0)
+        low, high = values.min(axis=0), values.max(axis=0)
     else:
         middle = values.mean(axis=0)
         sd = values.std(axis=0, ddof=1) if len(values) > 1 else 0.0
         low, high = middle - sd, middle + sd
     if len(values) > 1:
-        ax.fill_between(xs, low, high, where=np.isfinite(high), color=colour, alpha=0.15,
-                        linewidth=0)
+        whole = np.isfinite(high)
+        ax.fill_between(xs, low, high, where=whole, color=colour, alpha=0.15, linewidth=0)
     if len(xs) == 1:  # line and band would be invisible
         style = {"marker": "o"} | style
         ax.vlines(xs, low, high, color=colour)
-    finite = np.isfinite(middle)
-    ax.plot(xs, np.where(finite, middle, np.nan), color=colour, **style)
-    if not finite.all():
-        ax.plot(xs[~finite], np.full((~finite).sum(), edge), color=colour, marker=INFINITE,
-                linestyle="none", markersize=5, clip_on=False, gid="infinite",
-                transform=ax.get_xaxis_transform(), fillstyle=style.get("fillstyle"))
+    infinite = ~np.isfinite(middle)
+    ax.plot(xs, np.where(infinite, np.nan, middle), color=colour, **style)
+    if infinite.any():
+        ax.plot(xs[infinite], np.full(infinite.sum(), edge), INFINITE, color=colour, markersize=5,
+                clip_on=False, gid="infinite", transform=ax.get_xaxis_transform(),
+                fillstyle=style.get("fillstyle"))
     return low, high
 
 
@@ -107,7 +108,8 @@ def key(figure, groups: Groups, styles: dict[str, str] | None = None):
         rows = max(len(groups), len(styles))
         marks = []
         for meaning, style in styles.items():
-            look = {"marker": style, "linestyle": ""} if style == INFINITE else {"linestyle": style}
+            kind = "marker" if style == INFINITE else "linestyle"
+            look = {"linestyle": "", kind: style}
             marks.append(Line2D([], [], color=DARK, label=meaning, **look))
         figure.legend(handles=colours, loc="outside lower left")
         figure.legend(handles=marks, loc="outside lower right")
@@ -121,10 +123,10 @@ def key(figure, groups: Groups, styles: dict[str, str] | None = None):
 
 def subject(groups: Groups) -> str:
     """What all runs have in common: data, attention, size."""
-    configs = [run.config for runs in groups.values() for run in runs]
+    configs = [run.config for run in every(groups)]
     same = {key: value for key, value in configs[0].items()
             if all(config.get(key) == value for config in configs)}
-    parts = [same["task"] if "task" in same else Path(same["dataset"]).stem]
+    parts = [same.get("task") or Path(same["dataset"]).stem]
     if "attention" in same:
         parts.append(f"{same['attention']} attention")
     return ", ".join(parts + [f"{SIZES[key]} {same[key]}" for key in SIZES if key in same])

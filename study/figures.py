@@ -11,19 +11,19 @@ from study import stats
 from study.canvas import COLOURS, DARK, INFINITE, LETTER, STYLE, canvas, focus, key, line, rows_of
 from study.comparisons import conditioning, forest, read_comparison
 from study.fingerprint import hash_of
-from study.runs import Groups, Run, script_of, series
+from study.runs import Folders, Groups, Run, every, script_of, series
 from study.spectra import spectra
 
 # Line styles of A, of C A, and of the C A that a run without C could have.
 BEFORE, AFTER, WOULD_BE = "--", "-", ":"
 
 
-def owner(groups: dict[str, list[Path]]) -> str:
+def owner(groups: Folders) -> str:
     """What identifies the runs in the metadata of their figures."""
     return hash_of(sorted(str(path.resolve()) for paths in groups.values() for path in paths))
 
 
-def check_folder(groups: dict[str, list[Path]], out: Path):
+def check_folder(groups: Folders, out: Path):
     """Raises UserError where `out` holds the figures of other runs."""
     there = out / "validation.svg"
     if there.exists() and owner(groups) not in there.read_text(encoding="utf-8"):
@@ -31,7 +31,7 @@ def check_folder(groups: dict[str, list[Path]], out: Path):
                         f"--out=NAME, or remove them")
 
 
-def draw(groups: dict[str, list[Path]], out: Path, x: str = "step", layer: int = -1) -> list[Path]:
+def draw(groups: Folders, out: Path, x: str = "step", layer: int = -1) -> list[Path]:
     """Write the figures of the runs' folders, by label, to `out`; returns the files.
 
     x: step, tokens, seconds; layer: the spectrum's, -1 for the last. Where data or checkpoints are
@@ -62,8 +62,9 @@ def draw_comparisons(paths: list[Path], out: Path) -> list[Path]:
     """
     with rc_context()(STYLE):
         studies = {path.stem: read_comparison(path) for path in paths}
-        drawn = {"forest": forest(studies), "conditioning": conditioning(studies)}
-        figures = {name: figure for name, figure in drawn.items() if figure is not None}
+        figures = {"forest": forest(studies)}
+        if against_kappa := conditioning(studies):
+            figures["conditioning"] = against_kappa
         return write(figures, out, hash_of(sorted(map(str, paths))))
 
 
@@ -107,16 +108,14 @@ def check(groups: Groups, x: str, layer: int):
             if other is not run:
                 raise UserError(f"{other.folder} and {run.folder} are the same run, "
                                 f"seed {run.seed}: leave one out")
-    first, *others = [run for runs in groups.values() for run in runs]
+    first, *others = every(groups)
     unit = "tokens" if x == "tokens" else "step"
     for run in others:
         one, two = data_of(first), data_of(run)
         if one != two:
-            said = "; ".join(", ".join(f"{key}={value}" for key, value in sorted(part))
-                             for part in (one - two, two - one))
             raise UserError(f"{first.folder} and {run.folder} were trained on different data "
-                            f"({said}): draw them separately")
-        end, its_end = [list(r.along(unit).values())[-1] for r in (first, run)]
+                            f"({named(one - two)}; {named(two - one)}): draw them separately")
+        end, its_end = [max(r.along(unit).values()) for r in (first, run)]
         if end != its_end and x != "seconds":  # runs of other lengths race along seconds
             raise UserError(f"{first.folder} ends at {unit} {end:,}, {run.folder} at {unit} "
                             f"{its_end:,}: finish the shorter with --init_from=resume, "
@@ -127,10 +126,14 @@ def check(groups: Groups, x: str, layer: int):
             raise UserError(f"layer={layer}, but {run.folder} has the layers 0 to {depth - 1}")
 
 
+def named(options: set[tuple]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in sorted(options))
+
+
 def data_of(run: Run) -> set[tuple]:
     """The options that choose its data, with their values."""
     names = marked(script_of(run.config).Config, DATA)
-    return {(key, value) for key, value in run.config.items() if key in names}
+    return {item for item in run.config.items() if item[0] in names}
 
 
 def after(runs: list[Run]) -> str:
@@ -215,13 +218,12 @@ def difference(groups: Groups, differences: dict[str, list[float]]):
     colours = dict(zip(groups, COLOURS))
     for row, (group, values) in enumerate(differences.items()):
         pair = stats.paired(values)
-        ax.plot(values, np.full(len(values), row), color=colours[group], marker="o",
-                linestyle="none", alpha=0.3)
+        colour = colours[group]
+        ax.plot(values, [row] * len(values), "o", color=colour, alpha=0.3)
         ends = None  # without a spread there is no interval
         if pair.low is not None:
             ends = [[pair.mean - pair.low], [pair.high - pair.mean]]
-        ax.errorbar(pair.mean, row, xerr=ends, color=colours[group], marker="D", markersize=5,
-                    capsize=4)
+        ax.errorbar(pair.mean, row, xerr=ends, color=colour, marker="D", markersize=5, capsize=4)
     rows_of(ax, [textwrap.fill(group, 30) for group in differences])
     return figure
 
@@ -269,7 +271,8 @@ def training(groups: Groups, x: str):
                                    x, log=True)
     rates = {label: series(runs, "learning_rate", x) for label, runs in groups.items()}
     spans = []
-    same = len({rate.tobytes() for _, values in rates.values() for rate in values}) == 1
+    distinct = {rate.tobytes() for _, values in rates.values() for rate in values}
+    same = len(distinct) == 1
     for colour, (label, runs) in zip(COLOURS, groups.items()):
         if not same:
             line(left, *rates[label], colour, log=True, label=label)
@@ -279,31 +282,32 @@ def training(groups: Groups, x: str):
         left.legend()
     left.set_ylabel("Learning rate")
     left.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-    ends = np.concatenate(spans)
-    if ends.max() > 5 * ends.min():
+    norms = np.concatenate(spans)
+    if norms.max() > 5 * norms.min():
         right.set_yscale("log")
         right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         right.yaxis.set_major_formatter("{x:g}")
         right.yaxis.set_minor_formatter(NullFormatter())
     right.set_ylabel("Gradient norm, before clipping")
-    clips = {run.config["grad_clip"] for runs in groups.values() for run in runs}
-    clip = clips.pop()
-    if clip and not clips:  # all runs have the same
-        right.legend(handles=[right.axhline(clip, color=DARK, linewidth=1, linestyle=":",
-                                            label=f"clipped at {clip:g}")])
+    clip, *others = {run.config["grad_clip"] for run in every(groups)}
+    if clip and not others:
+        label = f"clipped at {clip:g}"
+        drawn = right.axhline(clip, color=DARK, linewidth=1, linestyle=":", label=label)
+        right.legend(handles=[drawn])
     key(figure, groups)
     return figure
 
 
 def spectrum(groups: Groups, values: dict[str, list[tuple[np.ndarray, float]]], layer: int):
     """One panel a group: the median spectrum of A and of C A, and 80% of them as a band."""
-    depths = {run.config["n_layer"] for runs in groups.values() for run in runs}
+    depths = {run.config["n_layer"] for run in every(groups)}
     where = "the last layer"
     if layer >= 0 or len(depths) == 1:
         where = f"layer {layer % depths.pop()}"
     title = (f"Singular values of head outputs in {where}, best checkpoint:\n"
              "median and 10% to 90% of heads, samples and seeds")
-    figure, axes = canvas(groups, len(groups), min(len(groups), 4), (2.6, 2.5), title, "Index i",
+    count = len(groups)
+    figure, axes = canvas(groups, count, min(count, 4), (2.6, 2.5), title, "Index i",
                           sharex=True, sharey=True)
     for ax, colour, (label, runs) in zip(axes, COLOURS, groups.items()):
         ax.set_yscale("log")
@@ -314,10 +318,11 @@ def spectrum(groups: Groups, values: dict[str, list[tuple[np.ndarray, float]]], 
             low, middle, high = np.quantile(s, (0.1, 0.5, 0.9), axis=0)
             ax.fill_between(index, low, high, color=shade, alpha=0.15, linewidth=0)
             ax.plot(index, middle, color=shade, linestyle=style)
-            finite = np.isfinite(median)
-            kappas.append(f"{float(f'{median:.3g}'):,.10g}" if finite else r"$\infty$")
+            rounded = float(f"{median:.3g}")  # three digits, also of a large number
+            kappas.append(f"{rounded:,.10g}" if np.isfinite(median) else r"$\infty$")
         said = textwrap.fill(label, int(2.6 / LETTER))
-        ax.set_title(f"{said}\nmedian $\\kappa$: A {kappas[0]}, C A {kappas[1]}")
+        before, behind = kappas
+        ax.set_title(f"{said}\nmedian $\\kappa$: A {before}, C A {behind}")
     smallest = min(s.min() for pair in values.values() for s, _ in pair)
     axes[0].set_ylim(max(smallest / 1.5, 2.0**-24), 1.5)  # float32's resolution
     key(figure, groups, line_styles(groups))

@@ -232,9 +232,10 @@ class Comparison:
         try:
             for key in self.tunings:
                 self.tune(key)
-            jobs = [[self.job(arm, seed, arm.chosen) for seed in self.seeds] for arm in self.arms]
-            for arm, its_jobs in zip(self.arms, jobs):
-                arm.folders = [job.folder for job in its_jobs]
+            jobs = []
+            for arm in self.arms:
+                jobs.append([self.job(arm, seed, arm.chosen) for seed in self.seeds])
+                arm.folders = [job.folder for job in jobs[-1]]
             self.train(jobs)
         finally:
             self.lock.release()
@@ -250,8 +251,10 @@ class Comparison:
         for arm in self.arms:
             arm.tuned[key] = {}
         for widening in range(WIDENINGS + 1):
-            jobs = [[self.job(arm, seed, arm.chosen | {key: value}) for seed in self.tune_seeds]
-                    for arm, value in new]
+            jobs = []
+            for arm, value in new:
+                chosen = arm.chosen | {key: value}
+                jobs.append([self.job(arm, seed, chosen) for seed in self.tune_seeds])
             self.train(jobs)
             for (arm, value), its_jobs in zip(new, jobs):
                 arm.tuned[key][value] = self.mean(its_jobs)

@@ -60,8 +60,11 @@ def summarise(arms: list[Arm]) -> dict:
                         "or set --grad_clip or --warmup_iters")
     baseline = runs[arms[0].name]
     summaries = {name: describe(group, baseline) for name, group in runs.items()}
-    within = {arm.name: {"to": arm.beside} | pairing(runs[arm.name], runs[arm.beside])
-              for arm in arms if arm.beside not in ("", arm.name)}
+    within = {}
+    for arm in arms:
+        if arm.beside not in ("", arm.name):
+            paired = pairing(runs[arm.name], runs[arm.beside])
+            within[arm.name] = {"to": arm.beside} | paired
     correct(summaries.values())
     correct(within.values())
     good = {name: [run.folder.name for run in group if not run.diverged]
@@ -320,4 +323,4 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in columns]
     head, *rows = zip(*columns)
     lines = [head, ["-" * width for width in widths], *rows]
-    return ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines] + [""]
+    return [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines] + [""]

@@ -1,4 +1,5 @@
 """Runs as their folders tell of them, finished or still training: read, grouped, as curves."""
+import itertools
 import json
 import tomllib
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from engine.run import RESULT
 
 SCRIPTS = {"train.py": train, "train_lra.py": train_lra, "train_vision.py": train_vision}
 NEEDED = {"seed", "precond", "n_layer", "grad_clip"}  # options without which there is no figure
+Folders = dict[str, list[Path]]  # of runs, by label
 COSTS = {"tokens", "peak_memory_mb"}  # what compare.py reports of a last record, beside a metric
 
 
@@ -48,7 +50,7 @@ class Run:
         except OSError as e:
             hint = ""
             if (folder / "runs").is_dir():
-                hint = f". It holds a comparison without a report: draw {folder / 'runs' / '*'}"
+                hint = f". It holds a comparison without a report: draw {folder}/runs/*"
             raise UserError(f"{folder} is not the folder of a run: "
                             f"{e.filename}: {e.strerror}{hint}") from None
         except ValueError as e:
@@ -106,14 +108,18 @@ class Run:
     def along(self, x: str) -> dict[int, float]:
         """{step: x} of all records; x: step, tokens, seconds."""
         result = {}
-        tokens = 0
+        place = {"tokens": 0}
         for r in self.records:
-            tokens = r.get("tokens", tokens)
-            result[r["step"]] = {"step": r["step"], "tokens": tokens, "seconds": r["elapsed_s"]}[x]
+            place |= {"seconds": r["elapsed_s"], **r}
+            result[r["step"]] = place[x]
         return result
 
 
 Groups = dict[str, list[Run]]
+
+
+def every(groups: Groups) -> list[Run]:
+    return list(itertools.chain.from_iterable(groups.values()))
 
 
 def read_records(folder: Path) -> list[dict]:
@@ -146,7 +152,7 @@ def identity(config: dict) -> dict:
     return decisive
 
 
-def compared(folder: Path) -> dict[str, list[Path]]:
+def compared(folder: Path) -> Folders:
     """The runs in a comparison's report that did not diverge, by arm; empty without a report."""
     try:
         arms = json.loads((folder / "compare.json").read_text())["runs"]
@@ -155,7 +161,7 @@ def compared(folder: Path) -> dict[str, list[Path]]:
     return {arm: [folder / "runs" / name for name in names] for arm, names in arms.items()}
 
 
-def group(folders: list[Path], labels: str = "") -> dict[str, list[Path]]:
+def group(folders: list[Path], labels: str = "") -> Folders:
     """Label -> folders of the runs that differ only in their seed and in what changes no result.
 
     A comparison's folder alone stands for the arms in its report. labels: names for the groups,
@@ -190,10 +196,12 @@ def name_kinds(kinds: list[dict]) -> list[str]:
         silent = terse and not kind.get("precond")
         return ", ".join(f"{key}={kind.get(key)}" for key in keys
                          if not (silent and key.startswith("precond_")))
-    names = [name(kind, terse=True) or "precond=False" for kind in kinds]
-    if len(set(names)) == len(kinds):
-        return names
-    return [name(kind, terse=False) for kind in kinds]
+
+    for terse in True, False:
+        names = [name(kind, terse) or "precond=False" for kind in kinds]
+        if len(set(names)) == len(kinds):
+            break
+    return names
 
 
 def series(runs: list[Run], name: str, x: str, layer: int | None = None
@@ -202,14 +210,11 @@ def series(runs: list[Run], name: str, x: str, layer: int | None = None
 
     The n steps are those at which all runs have it. None stands for infinity.
     """
-    tables = []
-    for run in runs:
-        values = {r["step"]: r[name] for r in run.records if name in r}
-        if layer is not None:
-            values = {step: layers[layer] for step, layers in values.items()}
-        tables.append(values)
+    tables = [{r["step"]: r[name] for r in run.records if name in r} for run in runs]
     steps = sorted(set(tables[0]).intersection(*tables))
     values = np.array([[table[step] for step in steps] for table in tables], float)
+    if layer is not None:
+        values = values[..., layer]  # (runs, n, layers) -> (runs, n)
     values[np.isnan(values)] = np.inf  # None
     places = [run.along(x) for run in runs]
     xs = np.array([[place[step] for step in steps] for place in places], float)

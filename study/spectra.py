@@ -7,7 +7,7 @@ from engine import checkpoint, options
 from engine.device import Compute
 from engine.options import DataError, UserError
 from precond import condition_number, precondition, record
-from study.runs import Groups, Run, script_of
+from study.runs import Groups, Run, every, script_of
 
 
 def read_checkpoint(run: Run) -> dict:
@@ -45,7 +45,7 @@ def on_cpu() -> Compute:
 
 def check_data(groups: Groups):
     """Raises UserError where the data had changed between the trainings of two runs."""
-    first, *others = [run for runs in groups.values() for run in runs]
+    first, *others = every(groups)
     data = read_checkpoint(first)["task"]
     for run in others:
         if read_checkpoint(run)["task"] != data:
