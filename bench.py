@@ -167,6 +167,7 @@ class Ours(Runner):
     def __init__(self, config: Config, size: Size, arm: dict):
         changes = dict(arm)
         self.explicit = changes.pop("explicit", False)
+        # What is not named here is the size's: its preset's, or train.py's default.
         settings = replace(size.config, device=config.device, dtype=config.dtype,
                            compile=config.compile, **changes)
         self.compute = Compute(settings.device, settings.dtype, settings.n_embd)

@@ -27,7 +27,7 @@ def line(ax, xs: np.ndarray, values: np.ndarray, colour, log: bool = False, edge
     Infinite points become triangles at `edge`, 1 being the top of the axes. Where a seed is
     infinite there is no band.
     """
-    if log:
+    if log:  # there the mean would be that of the largest value
         middle = np.median(values, axis=0)
         low, high = values.min(axis=0), values.max(axis=0)
     else:

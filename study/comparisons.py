@@ -80,7 +80,8 @@ def conditioning(studies: dict[str, dict]):
         return None
     arms = dict.fromkeys(arm for study in studies.values() for arm in study["points"])
     looks = {}
-    for arm, (marker, colour) in zip(arms, itertools.cycle(itertools.product("osDv", COLOURS))):
+    styles = itertools.product("osDv", COLOURS)  # the next marker when the colours are used up
+    for arm, (marker, colour) in zip(arms, itertools.cycle(styles)):
         looks[arm] = {"color": colour, "marker": marker}
     columns = min(3, len(studies))
     figure, axes = panels(len(studies), columns, (3.4, 2.4), (0.6, 1.2))

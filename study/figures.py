@@ -169,7 +169,7 @@ def validation(groups: Groups, x: str):
     baseline = next(iter(groups))
     name, metric = judged(groups)
     curves = {group: series(runs, name, x) for group, runs in groups.items()}
-    apart = {}
+    apart = {}  # differences by seed: (runs, n)
     for group, both in pairs(groups).items():
         if both and np.array_equal(curves[group][0], curves[baseline][0]):
             theirs, mine = (series(runs, name, x)[1] for runs in zip(*both))
@@ -274,7 +274,7 @@ def training(groups: Groups, x: str):
     distinct = {rate.tobytes() for _, values in rates.values() for rate in values}
     same = len(distinct) == 1
     for colour, (label, runs) in zip(COLOURS, groups.items()):
-        if not same:
+        if not same:  # equal lines would hide one another
             line(left, *rates[label], colour, log=True, label=label)
         spans += line(right, *series(runs, "grad_norm", x), colour, log=True, label=label)
     if same:

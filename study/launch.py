@@ -261,7 +261,7 @@ class Comparison:
             for arm in self.arms:
                 arm.chosen[key] = self.best_value(arm, key)
             new = self.widen(key) if widening < WIDENINGS else []
-            if not new:
+            if not new:  # every arm's best lies between others
                 break
 
     def mean(self, jobs: list[Job]) -> float | None:

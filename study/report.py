@@ -98,6 +98,7 @@ def describe(group: list[Run], baseline: list[Run]) -> dict:
         if all(run.test is not None for run in good):
             tests = [run.test for run in good]
             arm |= {"test_accuracy": statistics.fmean(tests), "test_sd": spread(tests)}
+    # How soon each run was as good as the first arm's run of its seed was in the end.
     pairs = [(a, b) for a, b in zip(baseline, group) if not a.diverged and not b.diverged]
     hits = [reached(b, a.final) for a, b in pairs]
     count = len(hits) - hits.count(None)
@@ -166,7 +167,7 @@ def correct(arms):
     """
     compared = [arm["paired"] for arm in arms if "paired" in arm and arm["paired"]["p"] is not None]
     for pair, p in zip(compared, stats.holm([pair["p"] for pair in compared])):
-        alpha = 0.05 / len(compared)
+        alpha = 0.05 / len(compared)  # the level of Holm's first, strictest test
         pair["p_holm"] = p
         pair["seeds_needed"] = stats.seeds_needed(pair["mean"], pair["sd"], alpha=alpha)
 
