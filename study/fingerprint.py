@@ -13,8 +13,8 @@ from engine.options import UserError
 
 def code_hash(script: Path) -> str:
     """Of the script and of every module of this project that it imports, directly or not."""
-    # It reads the code without running it, and looks for modules in this folder alone: other
-    # packages are told apart by their versions.
+    # It reads the code without running it, and looks for modules in this folder alone. PyTorch is
+    # told apart by its version.
     finder = ModuleFinder([str(script.parent)])
     finder.run_script(str(script))
     seen = {}
