@@ -27,7 +27,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -116,6 +116,9 @@ class Config(ComputeConfig):
     out_dir: Annotated[str, "folder of the profiles"] = "bench"
     threads: Annotated[int, "threads of each process; 0: PyTorch's choice", at_least(0)] = 0
     compile: Annotated[bool, "torch.compile the models, nanoGPT's too"] = False
+    loss: Annotated[Literal["auto", "plain", "chunked"], "as in train.py"] = "auto"
+    fused: Annotated[bool, "as in train.py"] = True
+    tune_malloc: Annotated[bool, "as in train.py"] = True
 
 
 class RandomTokens(Task):
@@ -165,11 +168,10 @@ class Ours(Runner):
     """An arm of this project."""
 
     def __init__(self, config: Config, size: Size, arm: dict):
-        changes = dict(arm)
+        same = "device", "dtype", "compile", "loss", "fused", "tune_malloc"
+        changes = {name: getattr(config, name) for name in same} | arm
         self.explicit = changes.pop("explicit", False)
-        # What is not named here is the size's: its preset's, or train.py's default.
-        settings = replace(size.config, device=config.device, dtype=config.dtype,
-                           compile=config.compile, **changes)
+        settings = replace(size.config, **changes)
         self.compute = Compute(settings.device, settings.dtype, settings.n_embd)
         torch.manual_seed(0)
         if size.classes:
