@@ -54,8 +54,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device={name} is not supported: choose auto, cpu, cuda, cuda:0, ... "
                         "or mps") from None
     if count <= (device.index or 0):
-        raise UserError(f"--device={name} asked for, but PyTorch sees {count} of this kind: use "
-                        "--device=cpu or --device=auto")
+        raise UserError(f"--device={name} asked for, but PyTorch sees {count} {device.type} "
+                        "devices: use --device=cpu or --device=auto")
     return device
 
 
