@@ -28,7 +28,7 @@ from data.folders import expecting
 from data.order import Shuffled, spread
 from engine import checkpoint, options
 from engine.device import Compute
-from engine.options import DATA, FREE, LOCAL, UserError, at_least, not_empty
+from engine.options import DATA, FREE, LOCAL, at_least, not_empty
 from engine.run import RESULT, open_run
 from engine.trainer import Task, Trainer, TrainerConfig
 from model import Classifier, ModelConfig
@@ -222,11 +222,9 @@ def show(config: Config, task: Classification, model: Classifier, compute: Compu
 
 def save_image(grey: np.ndarray, path: Path):
     """A square image, (pixels,) of grey levels, as a PNG large enough to look at."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise UserError("--show saves images with pillow: "
-                        "pip install -r requirements-extra.txt") from None
+    options.need("PIL", "--show saves images with")
+    from PIL import Image
+
     side = round(len(grey) ** 0.5)
     picture = Image.fromarray(grey.reshape(side, side).astype(np.uint8))
     picture.resize((512, 512), Image.Resampling.NEAREST).save(path)

@@ -50,7 +50,7 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
     images to validate on are always the same.
     """
     if task != "classify":
-        need("pycocotools.mask", f"the task {task}")
+        need("pycocotools.mask", f"the task {task} needs the package")
     if not source:
         classes = list(shapes.CLASSES)
         val = Shapes(task, size, n_val, seed=0)
@@ -224,7 +224,7 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
               f"images; skipped {skipped}", flush=True)
         return parameters | found | checksums(work) | {"stamps": made_of}
 
-    need("PIL", "reading images")
+    need("PIL", "reading images needs")
     ensure(folder, fill, task)
     return folder
 

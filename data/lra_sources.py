@@ -18,7 +18,7 @@ from engine.options import DataError, need
 
 SPLITS = ("train", "val", "test")
 GENERATED_AT_ONCE = 2**28  # pixels
-READING = "reading Pathfinder's PNGs"
+READING = "reading Pathfinder's PNGs needs"
 
 
 def samples(task: str, source: Path | None, *, seed: int, block_size: int, generate: dict | None,

@@ -213,8 +213,9 @@ def _write_text(path: Path, folder: Path, tokenizer: str) -> dict:
 
 def _write_stream(source: Source, folder: Path, max_tokens: int | None) -> dict:
     """Tokenise a corpus, a few hundred documents at a time, an end-of-text token after each."""
-    load_dataset = need("datasets", source.path).load_dataset
-    HTTPError = need("huggingface_hub.errors", source.path).HTTPError
+    why = f"{source.path} needs the package"
+    load_dataset = need("datasets", why).load_dataset
+    HTTPError = need("huggingface_hub.errors", why).HTTPError
     from tqdm import tqdm
 
     def documents(split: str) -> Iterator[str]:

@@ -185,7 +185,7 @@ def step_of(line: bytes) -> int | None:
 
 def open_tensorboard(folder: Path, first: int):
     """A writer of the steps from `first` on; TensorBoard hides those that are there already."""
-    tensorboard = need("torch.utils.tensorboard", "--tensorboard")
+    tensorboard = need("torch.utils.tensorboard", "--tensorboard needs the package")
     return tensorboard.SummaryWriter(str(folder), purge_step=first)
 
 

@@ -46,13 +46,16 @@ class DataError(UserError):
     """Data that cannot be used: the message says what is wrong, where, and what to do."""
 
 
-def need(module: str, what: str):
-    """The module. Raises DataError, which says how to install it, where it is missing."""
+def need(module: str, why: str):
+    """The module. Raises DataError, which says how to install it, where it is missing.
+
+    why: how the message begins, before the package: "figures need".
+    """
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise DataError(f"{what} needs the package {e.name or module}: "
-                        "pip install -r requirements-extra.txt") from None
+        package = {"PIL": "pillow"}.get(e.name, e.name or module)
+        raise DataError(f"{why} {package}: pip install -r requirements-extra.txt") from None
 
 
 def run(main: Callable[[], None]):

@@ -201,7 +201,7 @@ def hugging_face_name(key: str) -> str:
 
 def download(name: str) -> Path:
     """Fetch a published GPT-2 into huggingface_hub's cache and return its folder."""
-    huggingface_hub = options.need("huggingface_hub", f"downloading {name}")
+    huggingface_hub = options.need("huggingface_hub", f"downloading {name} needs the package")
     repository = HUB[name]
     files = "config.json", "model.safetensors"
     cached = [huggingface_hub.try_to_load_from_cache(repository, file) for file in files]
@@ -270,7 +270,7 @@ def read_shapes(config: dict, path: Path) -> dict:
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of model.safetensors, or of the files that model.safetensors.index.json lists."""
-    safetensors = options.need("safetensors", f"reading {folder}")
+    safetensors = options.need("safetensors", f"reading {folder} needs the package")
     from safetensors.torch import load_file
 
     names = ["model.safetensors"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.metrics import METRICS, Metric
-from engine.options import DATA, DataError, UserError, marked
+from engine.options import DATA, DataError, UserError, marked, need
 from study import stats
 from study.canvas import COLOURS, DARK, INFINITE, LETTER, STYLE, canvas, focus, key, line, rows_of
 from study.comparisons import conditioning, forest, read_comparison
@@ -70,12 +70,7 @@ def draw_comparisons(paths: list[Path], out: Path) -> list[Path]:
 
 def rc_context() -> Callable:
     """matplotlib's. Raises UserError where it is missing."""
-    try:
-        from matplotlib import rc_context
-    except ImportError:
-        raise UserError("figures need matplotlib: "
-                        "pip install -r requirements-extra.txt") from None
-    return rc_context
+    return need("matplotlib", "figures need").rc_context
 
 
 def write(figures: dict, out: Path, identifier: str) -> list[Path]:

@@ -5,18 +5,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.options import UserError
+from engine.options import need
 
 ROUNDING = 2.0**-23  # of float32, in which models are trained and evaluated
 
 
 def scipy_stats():
     """The module with Student's t. Raises UserError where scipy is missing."""
-    try:
-        from scipy import stats
-    except ImportError:
-        raise UserError("intervals and tests need scipy: "
-                        "pip install -r requirements-extra.txt") from None
+    need("scipy", "intervals and tests need")
+    from scipy import stats
+
     return stats
 
 

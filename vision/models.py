@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import precond
 from data import coco
-from engine.options import DATA, FIXED, FIXED_IN_TRAINING, UserError, at_least, divides, in_range
+from engine.options import DATA, FIXED, FIXED_IN_TRAINING, at_least, divides, in_range, need
 from engine.precond_config import PrecondConfig, positive
 
 TASKS = ("classify", "detect", "segment")
@@ -61,12 +61,8 @@ class VisionConfig(PrecondConfig):
 
 def make_network(config: VisionConfig, n_classes: int) -> nn.Module:
     """The transformers model of a task. UserError where requirements-extra.txt is not installed."""
-    try:
-        import scipy  # noqa: F401  (the matching in the losses of YOLOS and EoMT)
-        import transformers
-    except ImportError as e:
-        raise UserError(f"vision models need {e.name}: "
-                        "pip install -r requirements-extra.txt") from None
+    need("scipy", "vision models need")  # the matching in the losses of YOLOS and EoMT
+    transformers = need("transformers", "vision models need")
     power = config.precond_power if config.precond else 0.0
     scale = config.precond_scale if config.precond else 1.0
     name = f"preconditioned_{power}_{scale}_{config.precond_eps}_{config.precond_grad}"
