@@ -46,12 +46,14 @@ def _batch(content: bytes, name: str) -> list[tuple]:
                 raise pickle.UnpicklingError(f"it remembers object {argument:,}")
         batch = _StandIns(io.BytesIO(content), encoding="bytes").load()
         labels = batch[b"labels"]
+        if not isinstance(labels, list) or any(type(label) is not int for label in labels):
+            raise TypeError("its labels are no list of integers")
         _, _, dtype, fortran, pixels = batch[b"data"].state
         if dtype.arguments[0] not in ("u1", b"u1") or fortran:
             raise TypeError("its pixels are no rows of bytes")
         # each row: 1,024 bytes of red, then green, then blue
         images = np.frombuffer(pixels, np.uint8).reshape(len(labels), 3, 32, 32)
-        samples = list(zip(labels, images))
+        samples = list(zip(np.array(labels, np.int64).tolist(), images))
     except WRONG as error:
         raise DataError(f"{name} is not a batch of CIFAR-10 ({type(error).__name__}: "
                         f"{str(error)[:100]}): download it again") from None

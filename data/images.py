@@ -146,6 +146,11 @@ class Stored(Images):
                                 shape=(self.count, size, size, 3))
         self.labels = np.load(folder / f"{split}_labels.npy")
         self.offsets = np.load(folder / f"{split}_offsets.npy")
+        classes = len(meta["classes"])
+        if len(self.offsets) != self.count + 1 or self.offsets[-1] != len(self.labels) \
+                or self.labels.min() < 0 or self.labels.max() >= classes:
+            raise ValueError(f"its {split} labels are not of {self.count} images and {classes} "
+                             "classes")
         if self.task == "segment":  # a bit a pixel
             self.masks = np.memmap(folder / f"{split}_masks.bin", np.uint8, "r",
                                    shape=(len(self.labels), math.ceil(size * size / 8)))

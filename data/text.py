@@ -98,6 +98,8 @@ def prepare(dataset: str, data_dir: str | Path = "data", tokenizer: str = "auto"
     data_dir = Path(data_dir)
     if max_tokens is not None and max_tokens < 1:
         raise DataError(f"max_tokens={max_tokens} must be at least 1")
+    if tokenizer not in ("auto", "char", "bytes", "gpt2"):
+        raise DataError(f"unknown tokenizer {tokenizer!r}: choose char, bytes, gpt2, or auto")
     if dataset in SOURCES:
         if tokenizer not in ("auto", "gpt2"):
             raise DataError(f"dataset {dataset} is tokenised with gpt2, not {tokenizer}: "

@@ -133,6 +133,8 @@ class Tokens:
         return sum(map(len, self.shards))
 
     def _map(self, file: str, tokens: int) -> np.memmap:
+        if Path(file).name != file:
+            raise ValueError(f"it names {file!r}, outside of it")
         path = self.folder / file
         dtype = np.dtype(self.meta["dtype"])
         size = tokens * dtype.itemsize
@@ -159,8 +161,12 @@ class Tokens:
     def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
         """Windows of `length` tokens from each of starts (n,) int64 -> (n, length) int64.
 
-        A start is in [0, len - length]. Raises DataError where a token is outside the vocabulary.
+        Raises IndexError where a start is outside [0, len - length], and DataError where a token is
+        outside the vocabulary.
         """
+        if len(starts) and not 0 <= starts.min() <= starts.max() <= len(self) - length:
+            raise IndexError(f"windows of {length} from {starts.min()}..{starts.max()} "
+                             f"in {len(self)} tokens of {self.folder}")
         windows = _windows(self.shards, starts, length)
         largest = windows.max(initial=0)
         if largest >= self.meta["vocab_size"]:  # a large split was checked in places only

@@ -41,6 +41,7 @@ def test_image(tmp_path):
     (b"\x80\x02}(U\6labels](K\1eU\4datacnumpy\nndarray\nM\0\x0c\x85Ru.", "no attribute 'state'"),
     (b"\x80\x02}(U\6labels](K\1eU\4datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
      b"K\1M\0\x0c\x86U\1B\x87Ru.", "no attribute 'state'"),
+    (b"\x80\x02}(U\6labels](G\0\0\0\0\0\0\0\0eU\4dataNu.", "no list of integers"),
     (b"\x80\x02}(U\6labels](\x8a\x09" + b"\xff" * 8 + b"\0eU\4dataNu.", "no attribute 'state'"),
     (b"hello", "data_batch_2 is not a batch"),
     (b"", "data_batch_2 is not a batch"),
@@ -74,8 +75,8 @@ def test_pixels_and_labels_of_another_type(tmp_path):
     name = "cifar-10-batches-py/test_batch"
     first = b"](K%c" % labels["test_batch"][0]
     for old, new, words in ((b"U\2u1", b"U\2i1", "no rows of bytes"),
-                            (first, b"](\x8a\x09" + b"\xff" * 8 + b"\0", "is not one of 0 to 9")):
+                            (first, b"](\x8a\x09" + b"\xff" * 8 + b"\0", "too large")):
         assert old in files[name]
         wrong = {**files, name: files[name].replace(old, new, 1)}
-        with pytest.raises(DataError, match=f"test_batch.*{words}"):
+        with pytest.raises(DataError, match=f"test_batch is not a batch .*{words}"):
             prepare("image", tmp_path, source=unpack(tmp_path / "a", wrong))

@@ -147,6 +147,21 @@ def test_a_sample_of_large_files_is_checked(tmp_path, monkeypatch):
     coco_folder.prepared(source, tmp_path / "data")
 
 
+@pytest.mark.parametrize("label", [10, -1])
+def test_labels_outside_the_classes_are_refused(cifar, tmp_path, label):
+    arguments = ("classify", str(cifar[0]), str(tmp_path / "data"), 32, 1, 0)
+    images.open_data(*arguments)
+    folder = only(tmp_path / "data")
+    labels = np.load(folder / "train_labels.npy")
+    labels[3] = label
+    np.save(folder / "train_labels.npy", labels)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["sha256"]["train_labels.npy"] = folders.sha256(folder / "train_labels.npy")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(DataError, match="its train labels are not of 20 images and 10 classes"):
+        images.open_data(*arguments)
+
+
 def test_batches_of_cifar10_that_change_are_noticed(cifar, tmp_path):
     """Also where the source is the folder above them; but not what macOS leaves beside them."""
     batches = cifar[0] / "cifar-10-batches-py"

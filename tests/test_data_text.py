@@ -108,6 +108,8 @@ def test_unknown_character_and_unknown_tokenizer_are_named():
         load_tokenizer({"name": "char", "chars": "ab"}).encode("abé")
     with pytest.raises(DataError, match="unknown tokenizer 'words': choose char, bytes or gpt2"):
         load_tokenizer({"name": "words"})
+    with pytest.raises(DataError, match="unknown tokenizer 'words'"):
+        prepare("shakespeare", tokenizer="words")
 
 
 def test_missing_vocabulary_says_how_to_get_it(monkeypatch):
@@ -603,6 +605,9 @@ def test_windows_are_the_same_however_the_files_are_cut(tmp_path, monkeypatch, s
     starts = np.array([0, 5, 990, 87, 990, 12])
     window = train.gather(starts, 10)
     assert window.dtype == np.int64 and (window == starts[:, None] + np.arange(10)).all()
+    for outside in (-1, 991):
+        with pytest.raises(IndexError, match="in 1000 tokens"):
+            train.gather(np.array([3, outside]), 10)
     with pytest.raises(DataError, match="val split of .* has 0 tokens"):
         Blocks(Tokens(tmp_path / "n", "val"), 1, 0)
 
