@@ -15,8 +15,10 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
 torch.set_num_threads(1)
 
+from data.tokenizers import load_tokenizer  # noqa: E402
 from engine import options  # noqa: E402
 from engine.device import Compute  # noqa: E402
+from engine.options import DataError  # noqa: E402
 from lra_archives import archive, cifar, imdb_files, retrieval_files  # noqa: E402
 
 # test_gpu.py is for machines that have one.
@@ -78,6 +80,15 @@ def released(tmp_path_factory):
     files = {"text": imdb_files(), "retrieval": retrieval_files(pairs), "image": cifar()[2]}
     return {task: f"--source={archive(folder / f'{task}.tar.gz', content)}"
             for task, content in files.items()}
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """Its tokenizer, where its vocabulary can be had."""
+    try:
+        return load_tokenizer({"name": "gpt2"})
+    except DataError as error:
+        pytest.skip(str(error))
 
 
 def teach(module, *arguments):
