@@ -19,9 +19,9 @@ arms=(--arm "off:" --arm "paper: precond=True"
 saturating=(--arm "saturating-grad: precond=True precond_eps=1 precond_grad=True")
 adamw=config/shakespeare_char_adamw.toml
 
-images() {  # task, steps
-    words=(train_vision.py "$1" --max_iters="$2" --eval_interval=$(($2 / 5)) "${arms[@]}"
-           --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5)
+images() {  # task, steps, optimizer
+    words=(train_vision.py "$1" --max_iters="$2" --eval_interval=$(($2 / 5)) --optimizer="$3"
+           "${arms[@]}" --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5)
 }
 
 study() {  # name -> the words after compare.py
@@ -53,9 +53,12 @@ study() {  # name -> the words after compare.py
     pathfinder_softmax | pathfinder_nystrom)
         words=(train_lra.py pathfinder --attention="${1#pathfinder_}" "${arms[@]}"
                --tune learning_rate=2.5e-4,5e-4,1e-3,2e-3 --seeds=5) ;;
-    classify) images classify 500 ;;
-    detect) images detect 1500 ;;
-    segment) images segment 600 ;;
+    classify) images classify 500 adamw ;;
+    detect) images detect 1500 adamw ;;
+    segment) images segment 600 adamw ;;
+    classify_muon) images classify 500 muon ;;
+    detect_muon) images detect 1500 muon ;;
+    segment_muon) images segment 600 muon ;;
     *)
         echo "no study $1" >&2
         exit 2 ;;
@@ -65,7 +68,7 @@ study() {  # name -> the words after compare.py
 if [ $# = 0 ]; then
     for name in kappa characters_{muon_short,adamw_short,muon,adamw} \
                 listops_{softmax,nystrom,linear} pathfinder_{softmax,nystrom} \
-                classify detect segment; do
+                {classify,detect,segment}{,_muon}; do
         if [ -e "results/$name.json" ]; then
             echo "$name (run)"
         else
