@@ -15,10 +15,13 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # for child processes
 torch.set_num_threads(1)
 
+import train  # noqa: E402
+import train_lra  # noqa: E402
 from data.tokenizers import load_tokenizer  # noqa: E402
 from engine import options  # noqa: E402
 from engine.device import Compute  # noqa: E402
 from engine.options import DataError  # noqa: E402
+from fake_runs import FAKE  # noqa: E402
 from lra_archives import archive, cifar, imdb_files, retrieval_files  # noqa: E402
 
 # test_gpu.py is for machines that have one.
@@ -30,6 +33,7 @@ Compute.matmul_peak.__defaults__ = (0.0,)
 
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4",
          "--eval_iters=2", "--device=cpu"]
+ARMS = {"off": ["--precond=False"], "on": ["--precond=True"]}
 TIMING = {"elapsed_s", "tokens_per_s", "ms_per_step", "peak_memory_mb", "mfu"}
 DATA_VARIABLES = ("TINYSHAKESPEARE", "TIKTOKEN_CACHE_DIR")  # they name data that some tests need
 NO_NAMESPACES = "no right to make network namespaces here"  # root has it, in many containers not
@@ -98,6 +102,36 @@ def teach(module, *arguments):
         module.main()
 
 
+@pytest.fixture(scope="session")
+def lm(corpus, tmp_path_factory):
+    """Label -> folders: two arms of two seeds of a language model."""
+    base = tmp_path_factory.mktemp("lm")
+    groups = {}
+    for arm, arguments in ARMS.items():
+        for seed in (1, 2):
+            groups.setdefault(arm, []).append(base / f"{arm}-{seed}")
+            teach(train, *SMALL, *corpus, *arguments, f"--seed={seed}", "--max_iters=6",
+                  "--init=gpt2", "--eval_interval=2", "--log_interval=1", "--warmup_iters=2",
+                  f"--out_dir={groups[arm][-1]}")
+    return groups
+
+
+@pytest.fixture(scope="session")
+def lra(tmp_path_factory):
+    """Label -> folders: two arms of one seed on ListOps.
+
+    There is one head of 32 channels: some sequences have fewer tokens.
+    """
+    base = tmp_path_factory.mktemp("lra")
+    groups = {arm: [base / arm] for arm in ARMS}
+    for arm, arguments in ARMS.items():
+        teach(train_lra, "listops", *SMALL, *arguments, "--n_head=1", "--block_size=60",
+              "--max_length=60", "--n_train=40", "--n_val=8", "--n_test=4", "--max_iters=4",
+              "--eval_interval=2", "--log_interval=1", f"--data_dir={base / 'data'}",
+              f"--out_dir={base / arm}")
+    return groups
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """call(module, *arguments) runs a script's main as the command line would.
@@ -114,6 +148,37 @@ def call(monkeypatch, capsys):
             code = e.code
         out, err = capsys.readouterr()
         return code, out, err
+    return run
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """The runs of a comparison train nothing; fake("val_accuracy") changes what they record."""
+    from study import launch  # here, as it needs scipy
+
+    def record(metric):
+        path = tmp_path / "fake.py"
+        path.write_text(f"METRIC = {metric!r}\n" + FAKE)
+        command = launch.Comparison.command
+        if not hasattr(command, "faked"):
+            def replaced(self, run):
+                return [sys.executable, "-S", str(path), *command(self, run)[2:]]
+            replaced.faked = True
+            monkeypatch.setattr(launch.Comparison, "command", replaced)
+    monkeypatch.setattr(launch, "POLL", 0.01)
+    record("val_loss")
+    return record
+
+
+@pytest.fixture
+def study(fake, call, tmp_path):
+    """study(arguments) compares fake runs -> (what `call` returns, compare.json)."""
+    import compare
+
+    def run(*arguments, script="train.py"):
+        result = call(compare, script, "--max_iters=6", f"--out_dir={tmp_path / 'out'}", *arguments)
+        path = tmp_path / "out/compare.json"
+        return result, json.loads(path.read_text()) if path.exists() else None
     return run
 
 
