@@ -26,7 +26,7 @@ import torch
 
 from data.tokenizers import Tokenizer, load_tokenizer
 from engine import checkpoint, options
-from engine.options import UserError, not_empty
+from engine.options import UserError, need, not_empty
 from engine.pretrained import check_tokenizer, from_checkpoint, hugging_face_name, read_config
 from model import GPT, ModelConfig
 from precond import head_scale
@@ -49,20 +49,17 @@ def write(saved: dict, folder: Path, overwrite: bool = False) -> dict | None:
     Returns the options for precond.register_transformers, None for a plain model. overwrite
     replaces the files of an earlier export and leaves others alone. Raises UserError for a model
     that is not GPT-2's architecture, a folder that is not empty, and a failed write; DataError
-    where gpt2's vocabulary is not at hand.
+    where gpt2's vocabulary or a package is not at hand.
     """
     config = read_config(saved, "the checkpoint")
     precond = preconditioner(config)
     vocab_size = saved["task"]["vocab_size"]
     tokenizer = load_tokenizer(saved["task"]["tokenizer"])
     check_tokenizer(tokenizer, vocab_size)
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-        files = describe(config, vocab_size, precond, tokenizer)
-    except ImportError:
-        raise UserError("export needs safetensors and tokenizers: "
-                        "pip install -r requirements-extra.txt") from None
+    need("tokenizers", "export needs")
+    SafetensorError = need("safetensors", "export needs").SafetensorError
+    save_file = need("safetensors.torch", "export needs").save_file
+    files = describe(config, vocab_size, precond, tokenizer)
     gpt = from_checkpoint(saved, "the checkpoint")
     fold_scales(gpt)
     weights = convert(gpt)

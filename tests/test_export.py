@@ -261,3 +261,12 @@ def test_mistakes(tmp_path, call):
     assert "cannot write to" in message
     message = error(call(export, f"--out_dir={tmp_path / 'ckpt.pt'}"))
     assert f"--out_dir is the folder of a run, here {tmp_path}" in message
+
+
+@pytest.mark.parametrize("package", ["safetensors", "tokenizers"])
+def test_a_package_is_missing(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    message = f"^export needs {package}: pip install -r requirements-extra.txt$"
+    with pytest.raises(DataError, match=message):
+        export.write(saved(), tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
