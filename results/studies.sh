@@ -44,11 +44,11 @@ study() {  # name -> the words after compare.py
         words=(train.py $adamw --max_iters=500 --eval_interval=125 "${arms[@]}" "${saturating[@]}"
                --tune learning_rate=1.5e-3,3e-3,6e-3,1.2e-2 --tune_seeds=1 --seeds=5) ;;
     characters_muon)
-        words=(train.py "${arms[@]}" --tune learning_rate=3e-3,6e-3,1.2e-2,2.4e-2
-               --tune matrix_learning_rate=5e-3,1e-2,2e-2 --seeds=5) ;;
+        words=(train.py "${arms[@]}" --tune learning_rate=6e-3,1.2e-2,2.4e-2
+               --tune matrix_learning_rate=5e-3,1e-2,2e-2 --tune_seeds=1 --seeds=5) ;;
     characters_adamw)
         words=(train.py $adamw "${arms[@]}" --tune learning_rate=1.5e-3,3e-3,6e-3,1.2e-2
-               --seeds=5) ;;
+               --tune_seeds=1 --seeds=5) ;;
     listops_softmax | listops_nystrom | listops_linear)
         words=(train_lra.py listops --attention="${1#listops_}" --max_iters=2000 "${arms[@]}"
                --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5) ;;
