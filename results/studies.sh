@@ -8,7 +8,7 @@
 # trained at once, one thread each. Needs requirements-extra.txt. Runs are shorter than the presets,
 # so that a study takes half an hour: characters a fourth of theirs, ListOps a half, images an
 # eighth to three eighths. characters_muon, characters_adamw and the Pathfinders have their whole
-# length: hours each.
+# length: one and a half hours or more each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -44,8 +44,9 @@ study() {  # name -> the words after compare.py
         words=(train.py $adamw --max_iters=500 --eval_interval=125 "${arms[@]}" "${saturating[@]}"
                --tune learning_rate=1.5e-3,3e-3,6e-3,1.2e-2 --tune_seeds=1 --seeds=5) ;;
     characters_muon)
-        words=(train.py "${arms[@]}" --tune learning_rate=6e-3,1.2e-2,2.4e-2
-               --tune matrix_learning_rate=5e-3,1e-2,2e-2 --tune_seeds=1 --seeds=5) ;;
+        # C changes what the projections are given, whose rate is that of the matrices.
+        words=(train.py "${arms[@]}" --tune matrix_learning_rate=2.5e-3,5e-3,1e-2,2e-2
+               --tune learning_rate=6e-3,1.2e-2,2.4e-2 --tune_seeds=1 --seeds=5) ;;
     characters_adamw)
         words=(train.py $adamw "${arms[@]}" --tune learning_rate=1.5e-3,3e-3,6e-3,1.2e-2
                --tune_seeds=1 --seeds=5) ;;
