@@ -94,6 +94,7 @@ class Attention(nn.Module):
         if self.scale == "learned":
             self.scale = nn.Parameter(torch.full((self.n_head,), LEARNED_SCALE_FROM))
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.qkv.parts = 3 * self.n_head  # matrices of their own to Muon: (head_dim, C) each
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x, mask=None, cache: KVCache | None = None, turns=None):

@@ -9,30 +9,31 @@ from engine.orthogonal import orthogonalise
 from engine.parallel import divided, like, whole
 
 
-def block_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the linear layers inside a model's blocks.
+def block_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
+    """The weights of the linear layers inside a model's blocks, each with its number of parts.
 
-    Blocks are the members of its ModuleLists, but for lists of plain layers, which are heads.
+    Blocks are the members of its ModuleLists, but for lists of plain layers, which are heads. A
+    layer with `parts` holds as many matrices, one below the other; others hold one.
     """
     found = {}
     for blocks in model.modules():
         if isinstance(blocks, nn.ModuleList):
             for block in blocks:
                 layers = [] if isinstance(block, nn.Linear) else block.modules()
-                found |= {id(layer.weight): layer.weight for layer in layers
+                found |= {layer.weight: getattr(layer, "parts", 1) for layer in layers
                           if isinstance(layer, nn.Linear)}
-    return list(found.values())
+    return found
 
 
 def muon(model: nn.Module, config) -> torch.optim.Optimizer:
     """Its first group are the blocks' matrices; the other two are AdamW's, decayed and not."""
-    matrices = [p for p in block_matrices(model) if p.requires_grad]
-    taken = set(map(id, matrices))
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    parts = block_matrices(model)
+    matrices = [p for p in parts if p.requires_grad]
+    rest = [p for p in model.parameters() if p.requires_grad and p not in parts]
     groups = [{"params": matrices, "lr": config.matrix_learning_rate},
               {"params": [p for p in rest if p.dim() >= 2]},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    return Muon(groups, momentum=config.momentum, lr=config.learning_rate,
+    return Muon(groups, parts, momentum=config.momentum, lr=config.learning_rate,
                 weight_decay=config.weight_decay, betas=(config.beta1, config.beta2),
                 eps=config.adam_eps, fused=config.fused)
 
@@ -41,14 +42,16 @@ class Muon(torch.optim.Optimizer):
     """The matrices of the first group move by orthogonalised momentum, the other groups by AdamW.
 
     An update of a matrix (m, n) is 0.2 sqrt(max(m, n)) times an orthogonal one, which is as large
-    as AdamW's usually are (Liu et al. 2025, arXiv 2502.16982). q, k and v lie in one matrix
-    (3 C, C) and are three matrices here: as one they ended at a higher loss (BENCHMARKS.md).
+    as AdamW's usually are (Liu et al. 2025, arXiv 2502.16982). `parts` says of how many matrices
+    (m, n) a parameter (parts m, n) consists: q, k and v of all heads lie in one, and those of each
+    head have their own update, which costs a sixth and trains as well (BENCHMARKS.md).
     torch.optim.Muon is not used: it goes matrix by matrix, in bfloat16 on every processor.
     """
 
-    def __init__(self, groups: list[dict], *, momentum: float, lr: float, weight_decay: float,
-                 **adamw):
+    def __init__(self, groups: list[dict], parts: dict[nn.Parameter, int], *, momentum: float,
+                 lr: float, weight_decay: float, **adamw):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+        self.parts = parts
         self.momentum = momentum
         self.adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, **adamw)
         self.share()
@@ -69,14 +72,13 @@ class Muon(torch.optim.Optimizer):
         shapes = {}
         for p in group["params"]:
             if p.grad is not None:
-                shapes.setdefault(p.shape, []).append(p)
+                shapes.setdefault((p.shape, self.parts[p]), []).append(p)
         # Matrices of one shape go through one sequence of products. Several processes share them
         # and give each other the updates. A sharded model's are gathered before, cut afterwards.
-        for (rows, columns), matrices in shapes.items():
-            parts = 3 if rows == 3 * columns else 1
+        for ((rows, columns), parts), matrices in shapes.items():
             directions = [whole(self.direction(p)) for p in matrices]
             stack = torch.stack(directions)  # (n, rows, columns)
-            stack = stack.view(-1, rows // parts, columns)
+            stack = stack.view(-1, rows // parts, columns)  # (n parts, m, columns)
             # A GPU multiplies bfloat16 much faster than float32, and two digits are enough here.
             fast = torch.bfloat16 if stack.is_cuda else stack.dtype
             updates = divided(orthogonalise, stack.to(fast))

@@ -69,7 +69,7 @@ def test_updates_are_those_of_torch(shape, monkeypatch):
     torch.manual_seed(0)
     start = torch.randn(shape)
     mine, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    a = Muon([{"params": [mine], "lr": 0.1}, {"params": []}], momentum=0.9, lr=1.0,
+    a = Muon([{"params": [mine], "lr": 0.1}, {"params": []}], {mine: 1}, momentum=0.9, lr=1.0,
              weight_decay=0.2)
     b = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2, momentum=0.9,
                          adjust_lr_fn="match_rms_adamw")
@@ -84,15 +84,19 @@ def test_updates_are_those_of_torch(shape, monkeypatch):
         mine.data.copy_(theirs.data)
 
 
-def test_queries_keys_and_values_are_three_matrices():
+def test_queries_keys_and_values_of_each_head_are_matrices_of_their_own():
+    model = GPT(ModelConfig(**TINY), 11)
+    attention = model.blocks[0].attn
+    optimizer = make_optimizer(model, OptimConfig(optimizer="muon", momentum=0.0, weight_decay=0.0,
+                                                  learning_rate=1.0, matrix_learning_rate=1.0))
+    before = attention.qkv.weight.detach().clone()
     torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.zeros(48, 16))
-    p.grad = torch.randn(48, 16)
-    grad = p.grad.clone()
-    Muon([{"params": [p], "lr": 1.0}, {"params": []}], momentum=0.0, lr=1.0,
-         weight_decay=0.0).step()
-    expected = torch.cat([orthogonalise(part) for part in grad.split(16)])
-    torch.testing.assert_close(p.detach(), -0.2 * 4 * expected)
+    grad = attention.qkv.weight.grad = torch.randn(48, 16)
+    grads = []  # as attention reads them: what each head's q, k and v get from its own rows
+    for qkv in grad.view(3, 2, 8, 16):
+        grads += [orthogonalise(head) for head in qkv]
+    optimizer.step()
+    torch.testing.assert_close(attention.qkv.weight, before - 0.2 * 4 * torch.cat(grads))
 
 
 def vision(task):
