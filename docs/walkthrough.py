@@ -134,10 +134,10 @@ The backward pass gives a gradient of length {norm.item():.3f}. Where that is ab
 {config.grad_clip:g}, all of it is shortened to that. C counts as a constant here, unless
 `--precond_grad=True`. The optimizer's rate at step 0 of {config.warmup_iters} steps of warm-up is
 {learning_rate(config, 0):.2e}. {len(optimizer.param_groups[0]["params"])} matrices of the blocks \
-move by Muon, the embeddings and
-{len(optimizer.param_groups[2]["params"])} vectors by AdamW. The projections into the residual \
-stream start at zero, so that the first step
-moves them and the embeddings only.
+move by Muon, q, k and v
+head by head, the embeddings and {len(optimizer.param_groups[2]["params"])} vectors by AdamW. The \
+projections into the residual stream start
+at zero, so that the first step moves them and the embeddings only.
 """)
 
     for step in range(STEPS):
