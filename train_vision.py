@@ -52,7 +52,6 @@ class Config(TrainerConfig, VisionConfig):
     optimizer: str = "muon"  # measured to be far better than adamw (BENCHMARKS.md)
     max_iters: int = 4000
     learning_rate: float = 1e-3
-    matrix_learning_rate: float = 5e-3
     min_lr: float = 1e-5
     warmup_iters: int = 200
     eval_interval: int = 1000

@@ -34,7 +34,7 @@ class OptimConfig(Options):
     max_iters: Annotated[int, "training steps", at_least(0)] = 2000
     learning_rate: Annotated[float, "peak learning rate", at_least(0)] = 3e-3
     matrix_learning_rate: Annotated[float, "muon: peak learning rate of the blocks' matrices",
-                                    at_least(0)] = 1e-2
+                                    at_least(0)] = 5e-3
     momentum: Annotated[float, "muon: of its mean of gradients", in_range(0, 1)] = 0.95
     lr_schedule: Annotated[Literal["cosine", "linear", "constant"],
                            "decay after the warm-up"] = "cosine"

@@ -18,6 +18,9 @@ arms=(--arm "off:" --arm "paper: precond=True"
 # (||A_i|| + 1)^-1 saturates: rows much shorter than 1 keep their length.
 saturating=(--arm "saturating-grad: precond=True precond_eps=1 precond_grad=True")
 adamw=config/shakespeare_char_adamw.toml
+# Their kept compare.json are from when 1e-2 was the default, which their commands do not name, and
+# when Muon took q, k and v of all heads for one matrix each.
+short="--max_iters=375 --warmup_iters=20 --matrix_learning_rate=1e-2"
 
 # The kept compare.json of AdamW on images are from when it was the presets' optimizer: their own
 # command does not name it.
@@ -29,11 +32,11 @@ images() {  # task, steps, optimizer
 study() {  # name -> the words after compare.py
     case $1 in
     characters_muon_short)
-        words=(train.py --max_iters=375 --eval_interval=375 --warmup_iters=20 "${arms[@]}"
+        words=(train.py $short --eval_interval=375 "${arms[@]}"
                --tune learning_rate=6e-3,1.2e-2 --tune_seeds=1 --seeds=5) ;;
     kappa)  # what moves it: the initialisation, the schedule, the optimizer, or C
         gpt2="init=gpt2 lr_schedule=cosine min_lr=3e-4"
-        words=(train.py --max_iters=375 --eval_interval=125 --warmup_iters=20
+        words=(train.py $short --eval_interval=125
                --arm "adamw: optimizer=adamw learning_rate=3e-3 $gpt2"
                --arm "adamw-paper: optimizer=adamw learning_rate=3e-3 $gpt2 precond=True"
                --arm "adamw-linear: optimizer=adamw learning_rate=3e-3 init=gpt2"
