@@ -18,8 +18,8 @@ arms=(--arm "off:" --arm "paper: precond=True"
 # (||A_i|| + 1)^-1 saturates: rows much shorter than 1 keep their length.
 saturating=(--arm "saturating-grad: precond=True precond_eps=1 precond_grad=True")
 adamw=config/shakespeare_char_adamw.toml
-# Their kept compare.json are from when 1e-2 was the default, which their commands do not name, and
-# when Muon took q, k and v of all heads for one matrix each.
+# characters_muon_short and kappa. Their kept compare.json are from when 1e-2 was the default, which
+# their own commands do not name, and Muon took q, k and v of all heads for one matrix each.
 short="--max_iters=375 --warmup_iters=20 --matrix_learning_rate=1e-2"
 
 # The kept compare.json of AdamW on images are from when it was the presets' optimizer: their own
