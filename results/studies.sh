@@ -57,8 +57,9 @@ study() {  # name -> the words after compare.py
         words=(train_lra.py listops --attention="${1#listops_}" --max_iters=2000 "${arms[@]}"
                --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5) ;;
     pathfinder_softmax | pathfinder_nystrom)
-        words=(train_lra.py pathfinder --attention="${1#pathfinder_}" "${arms[@]}"
-               --tune learning_rate=2.5e-4,5e-4,1e-3,2e-3 --seeds=5) ;;
+        words=(train_lra.py pathfinder --attention="${1#pathfinder_}" --max_iters=1000 "${arms[@]}"
+               --tune matrix_learning_rate=2.5e-3,5e-3,1e-2,2e-2
+               --tune learning_rate=1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5) ;;
     classify) images classify 500 adamw ;;
     detect) images detect 1500 adamw ;;
     segment) images segment 600 adamw ;;
