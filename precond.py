@@ -56,7 +56,7 @@ def precondition(a: torch.Tensor, *, grad: bool = False, eps: float = 1e-8,
 
 
 def scale_rows(a: torch.Tensor, grad: bool, eps: float, power: float | torch.Tensor,
-                scale: float | str | torch.Tensor) -> torch.Tensor:
+               scale: float | str | torch.Tensor) -> torch.Tensor:
     learned = isinstance(power, torch.Tensor)
     scale = head_scale(scale, a.size(-1))
     if not learned:

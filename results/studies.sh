@@ -29,6 +29,12 @@ images() {  # task, steps, optimizer
            "${arms[@]}" --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5)
 }
 
+pathfinder() {  # attention, steps
+    words=(train_lra.py pathfinder --attention="$1" --max_iters="$2" "${arms[@]}"
+           --tune matrix_learning_rate=2.5e-3,5e-3,1e-2,2e-2
+           --tune learning_rate=1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5)
+}
+
 study() {  # name -> the words after compare.py
     case $1 in
     characters_muon_short)
@@ -56,10 +62,8 @@ study() {  # name -> the words after compare.py
     listops_softmax | listops_nystrom | listops_linear)
         words=(train_lra.py listops --attention="${1#listops_}" --max_iters=2000 "${arms[@]}"
                --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5) ;;
-    pathfinder_softmax | pathfinder_nystrom)
-        words=(train_lra.py pathfinder --attention="${1#pathfinder_}" --max_iters=1000 "${arms[@]}"
-               --tune matrix_learning_rate=2.5e-3,5e-3,1e-2,2e-2
-               --tune learning_rate=1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5) ;;
+    pathfinder_softmax) pathfinder softmax 1000 ;;
+    pathfinder_nystrom) pathfinder nystrom 600 ;;
     classify) images classify 500 adamw ;;
     detect) images detect 1500 adamw ;;
     segment) images segment 600 adamw ;;
