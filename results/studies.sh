@@ -6,7 +6,7 @@
 #
 # A finished study leaves its compare.json and compare.md here, under its name. JOBS=2 runs are
 # trained at once, one thread each. Needs requirements-extra.txt. Runs are shorter than the presets,
-# so that a study takes half an hour: characters a fourth of theirs, ListOps a half, images an
+# so that a study takes up to an hour: characters a fourth of theirs, ListOps a half, images an
 # eighth to three eighths, Pathfinder two thirds or two fifths. characters_muon and characters_adamw
 # have their whole length: one and a half hours or more each.
 set -euo pipefail
