@@ -12,27 +12,29 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+half="precond=True precond_power=0.5 precond_grad=True"
 arms=(--arm "off:" --arm "paper: precond=True"
-      --arm "paper-sqrt_d: precond=True precond_scale=sqrt_d"
-      --arm "half-grad: precond=True precond_power=0.5 precond_grad=True")
+      --arm "paper-sqrt_d: precond=True precond_scale=sqrt_d" --arm "half-grad: $half")
 # (||A_i|| + 1)^-1 saturates: rows much shorter than 1 keep their length.
 saturating=(--arm "saturating-grad: precond=True precond_eps=1 precond_grad=True")
 adamw=config/shakespeare_char_adamw.toml
+# C changes what the projections are given, and under Muon their rate is that of the matrices.
+matrices=(--tune matrix_learning_rate=2.5e-3,5e-3,1e-2,2e-2)
 # characters_muon_short and kappa. Their kept compare.json are from when 1e-2 was the default, which
 # their own commands do not name, and Muon took q, k and v of all heads for one matrix each.
 short="--max_iters=375 --warmup_iters=20 --matrix_learning_rate=1e-2"
 
 # The kept compare.json of AdamW on images are from when it was the presets' optimizer: their own
 # command does not name it.
-images() {  # task, steps, optimizer
+images() {  # task, steps, optimizer, further words
     words=(train_vision.py "$1" --max_iters="$2" --eval_interval=$(($2 / 5)) --optimizer="$3"
-           "${arms[@]}" --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5)
+           "${arms[@]}" "${@:4}" --tune learning_rate=5e-4,1e-3,2e-3,4e-3
+           --tune_seeds=1 --seeds=5)
 }
 
 pathfinder() {  # attention, steps
     words=(train_lra.py pathfinder --attention="$1" --max_iters="$2" "${arms[@]}"
-           --tune matrix_learning_rate=2.5e-3,5e-3,1e-2,2e-2
-           --tune learning_rate=1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5)
+           "${matrices[@]}" --tune learning_rate=1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5)
 }
 
 study() {  # name -> the words after compare.py
@@ -53,8 +55,7 @@ study() {  # name -> the words after compare.py
         words=(train.py $adamw --max_iters=500 --eval_interval=125 "${arms[@]}" "${saturating[@]}"
                --tune learning_rate=1.5e-3,3e-3,6e-3,1.2e-2 --tune_seeds=1 --seeds=5) ;;
     characters_muon)
-        # C changes what the projections are given, whose rate is that of the matrices.
-        words=(train.py "${arms[@]}" --tune matrix_learning_rate=2.5e-3,5e-3,1e-2,2e-2
+        words=(train.py "${arms[@]}" "${matrices[@]}"
                --tune learning_rate=6e-3,1.2e-2,2.4e-2 --tune_seeds=1 --seeds=5) ;;
     characters_adamw)
         words=(train.py $adamw "${arms[@]}" --tune learning_rate=1.5e-3,3e-3,6e-3,1.2e-2
@@ -63,13 +64,19 @@ study() {  # name -> the words after compare.py
         words=(train_lra.py listops --attention="${1#listops_}" --max_iters=2000 "${arms[@]}"
                --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5) ;;
     pathfinder_softmax) pathfinder softmax 1000 ;;
+    pathfinder_confirm)
+        # Half-grad's lead in pathfinder_softmax anew: the rates tuned there, other seeds, and the
+        # baseline at half-grad's rate as well.
+        words=(train_lra.py pathfinder --max_iters=1000 --matrix_learning_rate=1e-2
+               --arm "off: learning_rate=5e-4" --arm "off-slow: learning_rate=2.5e-4"
+               --arm "half-grad: learning_rate=2.5e-4 $half" --first_seed=11 --seeds=10) ;;
     pathfinder_nystrom) pathfinder nystrom 600 ;;
     classify) images classify 500 adamw ;;
     detect) images detect 1500 adamw ;;
     segment) images segment 600 adamw ;;
-    classify_muon) images classify 500 muon ;;
-    detect_muon) images detect 1500 muon ;;
-    segment_muon) images segment 600 muon ;;
+    classify_muon) images classify 500 muon "${matrices[@]}" ;;
+    detect_muon) images detect 750 muon "${matrices[@]}" ;;
+    segment_muon) images segment 400 muon "${matrices[@]}" ;;
     *)
         echo "no study $1" >&2
         exit 2 ;;
@@ -78,7 +85,7 @@ study() {  # name -> the words after compare.py
 
 if [ $# = 0 ]; then
     for name in kappa characters_{muon_short,adamw_short,muon,adamw} \
-                listops_{softmax,nystrom,linear} pathfinder_{softmax,nystrom} \
+                listops_{softmax,nystrom,linear} pathfinder_{softmax,confirm,nystrom} \
                 {classify,detect,segment}{,_muon}; do
         if [ -e "results/$name.json" ]; then
             echo "$name (run)"

@@ -36,14 +36,15 @@ def forest(studies: dict[str, dict]):
 
     Right of 0 is better, whatever the metric: where lower is better the axis runs to the left.
     """
-    from matplotlib.figure import Figure
     if empty := [name for name, study in studies.items() if not study["pairs"]]:
         raise UserError(f"{', '.join(empty)}: no arm could be paired with the first")
-    heights = [len(study["pairs"]) + 1.5 for study in studies.values()]
-    figure = Figure(figsize=(6.5, 0.9 + 0.27 * sum(heights)), layout="constrained")
+    columns = 1 if len(studies) <= 6 else 2
+    lines = [len(study["pairs"]) + 1.5 for study in studies.values()]
+    heights = [max(lines[i:i + columns]) for i in range(0, len(lines), columns)]
+    size = 5.0, 0.27 * sum(heights) / len(heights)
+    figure, axes = panels(len(studies), columns, size, (1.5, 0.9), height_ratios=heights)
     figure.suptitle("Difference to the first arm, paired by seed: mean and 95% interval.\n"
                     "Right of 0 is better", fontsize=9)
-    axes = figure.subplots(len(studies), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (name, study) in zip(axes, studies.items()):
         metric = study["metric"]
         scale = metric.scale

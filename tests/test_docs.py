@@ -77,4 +77,6 @@ def test_results_are_those_of_the_stored_comparisons():
             if pair := arm.get("paired"):
                 row += (f" {pair['mean']:+.4f} | {pair['low']:+.4f} to {pair['high']:+.4f} | "
                         f"{arm['wins']}/{pair['n']} | {pair['p_holm']:.2g} |")
-            assert row in section, row
+                assert row in section, row
+            else:  # the first arm: a row of its own, or beside the name of the study
+                assert row in section or f"; {name} {arm['mean']:.4f}" in section, row
