@@ -2,7 +2,7 @@
 # Every study of preconditioning at each arm's own learning rate, one command each.
 #
 #   bash results/studies.sh                 # their names, and which have been run
-#   bash results/studies.sh characters      # run one, or go on with it where it was stopped
+#   bash results/studies.sh classify_muon   # run one, or go on with it where it was stopped
 #
 # A finished study leaves its compare.json and compare.md here, under its name. JOBS=2 runs are
 # trained at once, one thread each. Needs requirements-extra.txt. Runs are shorter than the presets,
@@ -64,13 +64,16 @@ study() {  # name -> the words after compare.py
         words=(train_lra.py listops --attention="${1#listops_}" --max_iters=2000 "${arms[@]}"
                --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5) ;;
     pathfinder_softmax) pathfinder softmax 1000 ;;
+    pathfinder_nystrom) pathfinder nystrom 600 ;;
+    # The confirmations ask once more where half-grad led on every seed: at the rates tuned there,
+    # on other seeds; on Pathfinder with the baseline at half-grad's rate as well.
+    listops_confirm)
+        words=(train_lra.py listops --attention=nystrom --max_iters=2000 --learning_rate=4e-3
+               --arm "off:" --arm "half-grad: $half" --first_seed=11 --seeds=10) ;;
     pathfinder_confirm)
-        # Half-grad's lead in pathfinder_softmax anew: the rates tuned there, other seeds, and the
-        # baseline at half-grad's rate as well.
         words=(train_lra.py pathfinder --max_iters=1000 --matrix_learning_rate=1e-2
                --arm "off: learning_rate=5e-4" --arm "off-slow: learning_rate=2.5e-4"
                --arm "half-grad: learning_rate=2.5e-4 $half" --first_seed=11 --seeds=10) ;;
-    pathfinder_nystrom) pathfinder nystrom 600 ;;
     classify) images classify 500 adamw ;;
     detect) images detect 1500 adamw ;;
     segment) images segment 600 adamw ;;
@@ -85,7 +88,7 @@ study() {  # name -> the words after compare.py
 
 if [ $# = 0 ]; then
     for name in kappa characters_{muon_short,adamw_short,muon,adamw} \
-                listops_{softmax,nystrom,linear} pathfinder_{softmax,confirm,nystrom} \
+                listops_{softmax,nystrom,linear,confirm} pathfinder_{softmax,nystrom,confirm} \
                 {classify,detect,segment}{,_muon}; do
         if [ -e "results/$name.json" ]; then
             echo "$name (run)"
