@@ -32,7 +32,7 @@ import random
 import signal
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
@@ -76,15 +76,15 @@ def generate(n: int, *, size: int = 32, seed: int, workers: int | None = None,
     images = np.empty((n, size, size), np.uint8)
     labels = np.empty(n, np.uint8)
     workers = min(workers or os.cpu_count() or 1, math.ceil(n / CHUNK))
-    pool = nullcontext()
-    if workers > 1:  # spawned, because forking a process that runs torch's threads may hang
-        # Ctrl-C reaches all processes of a terminal: this one answers it
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
-                                   signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
-        with pool:
+        with ExitStack() as stack:
             drawn = map(draw, range(n))
-            if workers > 1:
+            if workers > 1:  # spawned, because forking a process that runs torch's threads may hang
+                # Ctrl-C reaches all processes of a terminal: this one answers it
+                pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
+                                           signal.signal, (signal.SIGINT, signal.SIG_IGN))
+                # Without cancel_futures it would first have all other images drawn.
+                stack.callback(pool.shutdown, cancel_futures=True)
                 drawn = pool.map(draw, range(n), chunksize=CHUNK)
             bar = tqdm(drawn, "pathfinder", n, unit="image", disable=None)
             for i, (image, label) in enumerate(bar):

@@ -239,3 +239,23 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
     _, err = child.communicate(timeout=60)
     assert (child.returncode, err.split()) == (130, ["interrupted"])
     assert not list(tmp_path.glob("lra*"))
+
+
+@pytest.mark.slow
+def test_an_interrupt_between_two_images_leaves_the_others_undrawn():
+    """To draw them first would take minutes."""
+    code = """if True:
+        from data import pathfinder
+
+        def interrupted(drawn, *args, **kwargs):
+            yield next(iter(drawn))
+            raise KeyboardInterrupt
+
+        pathfinder.tqdm = interrupted
+        try:
+            pathfinder.generate(100_000, seed=1, workers=2)
+        except KeyboardInterrupt:
+            print("interrupted")"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          cwd=Path(__file__).parents[1])
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
