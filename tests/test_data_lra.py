@@ -232,7 +232,9 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
     script = Path(__file__).parents[1] / "data" / "lra.py"
     command = [sys.executable, str(script), "pathfinder", f"--data_dir={tmp_path}"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             start_new_session=True)
+                             start_new_session=True,
+                             # Tests that a shell runs in its background begin with it ignored.
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert "preparing pathfinder" in child.stdout.readline()
     time.sleep(4)  # until images are drawn
     os.killpg(child.pid, signal.SIGINT)
