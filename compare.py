@@ -44,7 +44,7 @@ from study.runs import SCRIPTS
 
 @dataclass
 class Config(options.Options):
-    seeds: Annotated[int, "number of seeds", at_least(2)] = 5
+    seeds: Annotated[int, "number of seeds; one gives no intervals", at_least(1)] = 5
     first_seed: Annotated[int, "the first of them", options.seed] = 1
     tune_seeds: Annotated[int, f"number of seeds to pick it on, from {TUNE_SEED} on",
                           at_least(1)] = 2

@@ -61,7 +61,8 @@ def forest(studies: dict[str, dict]):
         if metric.better == "lower":
             side = -side
         ax.set_xlim(-side, side)
-        rows_of(ax, [f"{arm} ({pair['n']} seeds)" for arm, pair in study["pairs"].items()])
+        counts = {arm: pair["n"] for arm, pair in study["pairs"].items()}
+        rows_of(ax, [f"{arm} ({n} seed{'s' * (n > 1)})" for arm, n in counts.items()])
         ax.axvline(0, color=COLOURS[-1], linewidth=1)
         ax.set_title(f"{name}: {metric.label} ({metric.difference_unit}), to {study['first']}",
                      loc="left")

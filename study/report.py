@@ -178,11 +178,12 @@ def correct(arms):
 def heading(summary: dict, command: str) -> list[str]:
     baseline, arm = next(iter(summary["arms"].items()))
     metric = summary["metric"]
+    n = len(arm["seeds"])
     return [f"`{command}`", "",
             f"torch {summary['torch']}, {summary['device']}, {summary['dtype']}, "
             f"threads={summary['threads']}, {summary['training_seconds']:,.0f} s of training "
             "in the runs below.",
-            f"{metric} ({METRICS[metric].unit}) at the last step, {len(arm['seeds'])} seeds; "
+            f"{metric} ({METRICS[metric].unit}) at the last step, {n} seed{'s' * (n > 1)}; "
             f"differences are paired by seed, to {baseline}.", ""]
 
 
@@ -277,6 +278,9 @@ def conclusion(name: str, arm: dict, baseline: str, metric: str) -> str:
     pair = arm.get("paired")
     if not pair:
         return f"{name} cannot be compared: {baseline} diverged on some seeds."
+    if pair["n"] == 1:
+        return (f"{name} differs from {baseline} by {pair['mean']:+.4f} on one seed, which says "
+                "nothing of another: take more.")
     if pair["p"] is None:
         return (f"{name} differs from {baseline} by {pair['mean']:+.4f} on each of {pair['n']} "
                 "seeds: without a spread that cannot be tested. Take more seeds, or more samples "
@@ -300,7 +304,7 @@ def conclusion(name: str, arm: dict, baseline: str, metric: str) -> str:
 def interval(pair: dict) -> list[str]:
     """The difference and its interval."""
     if pair["low"] is None:
-        return [f"{pair['mean']:+.4f}", "no spread"]
+        return [f"{pair['mean']:+.4f}", "one seed" if pair["n"] == 1 else "no spread"]
     return [f"{pair['mean']:+.4f}", f"{pair['low']:+.4f} to {pair['high']:+.4f}"]
 
 

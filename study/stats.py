@@ -22,24 +22,27 @@ def scipy_stats():
 class Paired:
     """Differences of pairs: mean, standard deviation, 95% interval, two-sided p of the t test.
 
-    Equal differences have no spread, so that they say nothing about another pair's: no interval,
-    no p. Where they are zero, both are there for what they are worth: zero, and 1.
+    A single difference, or equal ones, have no spread, so that they say nothing about another
+    pair's: no interval, no p. Where equal ones are zero, both are there for what they are worth:
+    zero, and 1.
     """
     n: int
     mean: float
-    sd: float
+    sd: float | None
     low: float | None
     high: float | None
     p: float | None
 
 
 def paired(differences: list[float], scale: float = 0.0) -> Paired:
-    """At least two differences, of values of about the size `scale`, which says what rounding is.
+    """Differences of values of about the size `scale`, which says what rounding is.
 
     Without it that is judged by the differences.
     """
     n = len(differences)
     mean = statistics.fmean(differences)
+    if n == 1:
+        return Paired(n, mean, None, None, None, None)
     sd = statistics.stdev(differences)
     rounding = ROUNDING * max(scale, *map(abs, differences))
     if sd <= rounding:

@@ -12,7 +12,7 @@ import compare
 from conftest import SMALL, error
 from engine import trainer
 from fake_runs import folders
-from study import figures, report, runs, stats
+from study import comparisons, figures, report, runs, stats
 from study.arms import make_arms
 
 VARY = ["--vary", "precond=False,True"]
@@ -101,6 +101,22 @@ def test_differences_without_a_spread_are_not_tested(study):
     assert half["p_holm"] == half["p"] and "without a spread" in out
 
 
+@pytest.mark.slow
+def test_one_seed_gives_a_report_that_claims_nothing(study, tmp_path):
+    (code, out, err), result = study("--vary", "precond_power=0,1", "--seeds=1")
+    off, on = result["arms"].values()
+    assert code == 0, err
+    assert off["sd"] is None and on["wins"] == 1 and "at the last step, 1 seed;" in out
+    mean = on["final"][0] - off["final"][0]
+    expected = dict(n=1, mean=mean, sd=None, low=None, high=None, p=None)
+    assert on["paired"] == expected
+    assert f"differs from precond_power=0 by {mean:+.4f} on one seed, which says nothing" in out
+    assert "| one seed" in out and "better than" not in out and "told apart" not in out
+    # A forest has its point, without an interval.
+    drawn = comparisons.forest({"a": comparisons.read_comparison(tmp_path / "out/compare.json")})
+    assert [t.get_text() for t in drawn.axes[0].get_yticklabels()] == ["precond_power=1 (1 seed)"]
+
+
 def test_arms_that_cannot_be_told_apart(tmp_path):
     arm = {"diverged": {}, "seeds": [1, 2, 3],
            "paired": {"n": 3, "mean": 0.01, "sd": 0.02, "low": -0.04, "high": 0.06, "p": 0.4,
@@ -143,7 +159,7 @@ def test_grids_and_named_arms():
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--seeds=1", *VARY], "at least 2"),
+    (["--seeds=0", *VARY], "must be at least 1"),
     (["--seeds=two", *VARY], "is not of type int"),
     (["--jobs=0", *VARY], "must be at least 1"),
     (["--sedes=3", *VARY], "did you mean --seeds"),
