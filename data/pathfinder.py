@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -80,9 +81,8 @@ def generate(n: int, *, size: int = 32, seed: int, workers: int | None = None,
         with ExitStack() as stack:
             drawn = map(draw, range(n))
             if workers > 1:  # spawned, because forking a process that runs torch's threads may hang
-                # Ctrl-C reaches all processes of a terminal: this one answers it
                 pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
-                                           signal.signal, (signal.SIGINT, signal.SIG_IGN))
+                                           initializer=_begin_worker)
                 # Without cancel_futures it would first have all other images drawn.
                 stack.callback(pool.shutdown, cancel_futures=True)
                 drawn = pool.map(draw, range(n), chunksize=CHUNK)
@@ -94,6 +94,18 @@ def generate(n: int, *, size: int = 32, seed: int, workers: int | None = None,
         raise DataError("pathfinder: a process that draws images was killed, perhaps for want of "
                         "memory: free some and try again") from None
     return images, labels
+
+
+def _begin_worker():
+    # Ctrl-C reaches all processes of a terminal: the one that wants the images answers it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    """Where the process that wants the images is killed, its workers would wait for it forever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _draw(geometry: Geometry, seed: int, i: int) -> tuple[np.ndarray, int]:

@@ -19,6 +19,7 @@ from engine.options import DataError
 from lra_archives import stored
 from test_data_listops import value_of
 
+ROOT = Path(__file__).parents[1]
 SMALL = dict(train=40, val=10, test=10, min_length=3, max_length=20, max_depth=4, max_args=3)
 
 
@@ -202,7 +203,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 @pytest.mark.slow
 def test_command_line_as_a_script(tmp_path):
-    script = Path(__file__).parents[1] / "data" / "lra.py"
+    script = ROOT / "data" / "lra.py"
     command = [sys.executable, str(script), "listops", "--data_dir", str(tmp_path),
                "--generate", *(f"{k}={v}" for k, v in SMALL.items())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -214,7 +215,7 @@ def test_command_line_as_a_script(tmp_path):
 
 @pytest.mark.slow
 def test_the_script_needs_no_torch():
-    script = Path(__file__).parents[1] / "data" / "lra.py"
+    script = ROOT / "data" / "lra.py"
     code = f"""if True:
         import runpy, sys
         sys.argv = ["lra.py", "lisops"]
@@ -229,7 +230,7 @@ def test_the_script_needs_no_torch():
 @pytest.mark.slow
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
     """Ctrl-C, which a terminal sends to all processes at once."""
-    script = Path(__file__).parents[1] / "data" / "lra.py"
+    script = ROOT / "data" / "lra.py"
     command = [sys.executable, str(script), "pathfinder", f"--data_dir={tmp_path}"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                              start_new_session=True,
@@ -241,6 +242,23 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
     _, err = child.communicate(timeout=60)
     assert (child.returncode, err.split()) == (130, ["interrupted"])
     assert not list(tmp_path.glob("lra*"))
+
+
+@pytest.mark.slow
+def test_workers_end_when_the_process_that_draws_is_killed():
+    """They hold its output open, which `run` reads to the end."""
+    code = """if True:
+        import os, signal
+        from data import pathfinder
+
+        def killed(drawn, *args, **kwargs):
+            yield next(iter(drawn))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        pathfinder.tqdm = killed
+        pathfinder.generate(300, seed=1, workers=2)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow
@@ -259,5 +277,5 @@ def test_an_interrupt_between_two_images_leaves_the_others_undrawn():
         except KeyboardInterrupt:
             print("interrupted")"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
-                          cwd=Path(__file__).parents[1])
+                          cwd=ROOT)
     assert (done.stdout, done.stderr) == ("interrupted\n", "")
