@@ -46,7 +46,7 @@ from study.runs import SCRIPTS
 class Config(options.Options):
     seeds: Annotated[int, "number of seeds; one gives no intervals", at_least(1)] = 5
     first_seed: Annotated[int, "the first of them", options.seed] = 1
-    tune_seeds: Annotated[int, f"number of seeds to pick it on, from {TUNE_SEED} on",
+    tune_seeds: Annotated[int, f"number of seeds for --tune, from {TUNE_SEED} on",
                           at_least(1)] = 2
     jobs: Annotated[int, "runs at once; speed is reported from 1", at_least(1)] = 1
     threads: Annotated[int, "threads of each run", at_least(1)] = 1

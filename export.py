@@ -2,7 +2,7 @@
 
     python export.py                                   # the best checkpoint of out/ becomes out/hf
     python export.py --out_dir=out-mine --ckpt=latest --to=my-model
-    python train.py --init_from=my-model               # and back: go on training from the folder
+    python train.py --init_from=my-model --dataset=my.txt --out_dir=out-more    # and back
 
 The folder holds model.safetensors, config.json and the tokenizer. model.GPT with attention=softmax
 is GPT-2's architecture, so transformers computes the same logits. GPT-2 has biases everywhere: a

@@ -1,7 +1,7 @@
 """Train a GPT on text, with or without preconditioned attention.
 
     python train.py                                     # Shakespeare, characters, two minutes
-    python train.py --precond=True                      # each head's output preconditioned
+    python train.py --precond=True --out_dir=out-on     # each head's output preconditioned
     python train.py config/shakespeare_char_gpu.toml    # a preset; any option can follow
     python train.py --dataset=my.txt --out_dir=out-mine # your own text
     python train.py --init_from=resume                  # go on where a run was stopped

@@ -1,11 +1,12 @@
 """Classify images, detect objects, segment instances, with or without preconditioned attention.
 
     python train_vision.py detect                          # boxes: minutes on two CPU cores
-    python train_vision.py detect --precond=True           # the same, preconditioned
-    python train_vision.py segment                         # instance masks
-    python train_vision.py classify --source=cifar-10-python.tar.gz --image_size=32 --patch_size=4
-    python train_vision.py detect --source=coco --image_size=256 --patch_size=16 --queries=100
+    python train_vision.py segment --precond=True          # instance masks, preconditioned
     python train_vision.py detect --eval_only --show=8     # draw the best checkpoint's predictions
+    python train_vision.py classify --out_dir=out-cifar10 --source=cifar-10-python.tar.gz \\
+        --image_size=32 --patch_size=4
+    python train_vision.py detect --out_dir=out-coco --source=coco --image_size=256 \\
+        --patch_size=16 --queries=100
 
 The models are small ViT, YOLOS and EoMT (vision/models.py). Without --source the images are
 generated (data/shapes.py). A source is CIFAR-10's archive (classify), or a folder in COCO's format

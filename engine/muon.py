@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
     An update of a matrix (m, n) is 0.2 sqrt(max(m, n)) times an orthogonal one, which is as large
     as AdamW's usually are (Liu et al. 2025, arXiv 2502.16982). `parts` says of how many matrices
     (m, n) a parameter (parts m, n) consists: q, k and v of all heads lie in one, and those of each
-    head have their own update, which costs a fourth or less and trains as well (BENCHMARKS.md).
+    head have their own update, which costs less than half and trains as well (BENCHMARKS.md).
     torch.optim.Muon is not used: it goes matrix by matrix, in bfloat16 on every processor.
     """
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every study of preconditioning at each arm's own learning rate, one command each.
+# Every study of preconditioning, one command each; but for kappa and the confirmations each arm has
+# its own learning rate.
 #
 #   bash results/studies.sh                 # their names, and which have been run
 #   bash results/studies.sh classify_muon   # run one, or go on with it where it was stopped
