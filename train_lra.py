@@ -28,7 +28,7 @@ from data.folders import expecting
 from data.order import Shuffled, spread
 from engine import checkpoint, options
 from engine.device import Compute
-from engine.options import DATA, FREE, LOCAL, at_least, not_empty
+from engine.options import DATA, FREE, LOCAL, UserError, at_least, not_empty
 from engine.run import RESULT, open_run
 from engine.trainer import Task, Trainer, TrainerConfig
 from model import Classifier, ModelConfig
@@ -170,33 +170,45 @@ def new_model(config: Config, task: Classification, compute: Compute) -> Classif
 
 
 def test(config: Config, task: Classification, model: Classifier, compute: Compute):
-    """The test accuracy of the best checkpoint, beside answers that read no sequence.
-
-    Printed, and written to the run's folder unless an evaluation changes the preconditioner.
-    """
+    """The test accuracy of the best checkpoint, beside answers that read no sequence."""
     folder = Path(config.out_dir)
     best = checkpoint.read(folder / "best.pt")
     checkpoint.restore_model(model, task, best, folder)
     loss, accuracy = task.score(model.eval(), compute, "test")
-    if not compute.main:
-        return
+    compute.on_main(lambda: report(config, task, model, compute, best, loss, accuracy))
+
+
+def report(config: Config, task: Classification, model: Classifier, compute: Compute, best: dict,
+           loss: float, accuracy: float):
+    """Print the test result of the checkpoint `best`.
+
+    It is also written to the run's folder unless an evaluation changes the preconditioner. Raises
+    UserError where that cannot be written to.
+    """
+    folder = Path(config.out_dir)
     guesses = {name: values["test"] for name, values in task.meta["baselines"].items()}
     samples = len(task.splits["test"])
-    mine = asdict(config)
-    same = all(mine[name] == best["config"][name] for name in mine if name.startswith("precond"))
-    if same:
-        result = {"step": best["step"], "val_accuracy": best["best"]["value"],
-                  "test_accuracy": accuracy, "test_loss": loss, "test_samples": samples,
-                  "baselines": guesses}
-        (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
     print(f"test accuracy {accuracy:.1%} on {samples:,} samples (best checkpoint by validation "
           f"accuracy, step {best['step']})")
     names = {"majority": "the most frequent class",
              "root": "the most frequent class of the root operator"}
     for name, value in guesses.items():
         print(f"  {value:6.1%} by guessing {names[name]}")
-    if config.show:
-        show(config, task, model, compute)
+    theirs = options.resume(Config, best["config"], {})  # with what is newer than it
+    same = all(getattr(config, name) == getattr(theirs, name) for name in asdict(config)
+               if name.startswith("precond"))
+    result = {"step": best["step"], "val_accuracy": best["best"]["value"],
+              "test_accuracy": accuracy, "test_loss": loss, "test_samples": samples,
+              "baselines": guesses}
+    try:
+        if config.show:
+            show(config, task, model, compute)
+        if same:
+            (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+    except BrokenPipeError:  # `| head` has seen enough
+        raise
+    except OSError as e:
+        raise UserError(f"cannot write to {folder}: {e.strerror or e}") from None
 
 
 def show(config: Config, task: Classification, model: Classifier, compute: Compute):

@@ -92,20 +92,21 @@ class VisionTask(Task):
         count = len(self.evaluated)
         total, right, found = 0.0, 0, []
         # EoMT's loss draws random points: the same ones each time, apart from training's.
-        with torch.random.fork_rng([compute.device] if compute.device.type == "cuda" else []):
-            # Processes take turns at whole batches: a loss divides by the objects of its batch, so
-            # it would depend on their number if they shared one.
-            for indices, n in compute.rounds(self.evaluated, self.config.batch_size):
-                torch.manual_seed(int(indices[0]))
-                images, *targets = compute.move(*self.data.val.batch(indices))
-                with compute.autocast():
-                    outputs, loss = model(images, *targets)
-                total += float(loss) * n
-                if self.classify:
-                    right += int((outputs[0].argmax(dim=-1) == targets[0])[:n].sum())
-                elif n:
-                    records = [self.data.truth["images"][j] for j in indices]
-                    found += detections(self.config.task, outputs, records)
+        training = compute.random_state()
+        # Processes take turns at whole batches: a loss divides by the objects of its batch, so it
+        # would depend on their number if they shared one.
+        for indices, n in compute.rounds(self.evaluated, self.config.batch_size):
+            torch.manual_seed(int(indices[0]))
+            images, *targets = compute.move(*self.data.val.batch(indices))
+            with compute.autocast():
+                outputs, loss = model(images, *targets)
+            total += float(loss) * n
+            if self.classify:
+                right += int((outputs[0].argmax(dim=-1) == targets[0])[:n].sum())
+            elif n:
+                records = [self.data.truth["images"][j] for j in indices]
+                found += detections(self.config.task, outputs, records)
+        compute.set_random_state(training)
         total, right = compute.reduce([total, right])
         if self.classify:
             return {"val_loss": total / count, "val_accuracy": right / count}

@@ -27,6 +27,12 @@ def adamw(model: torch.nn.Module, config: "OptimConfig") -> torch.optim.Optimize
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
+def not_above_peak(name, value, config):
+    if value > config.learning_rate and config.lr_schedule != "constant":
+        return (f"{name}={value} is above learning_rate={config.learning_rate}, to which it would "
+                "rise: lower it, too, or set --lr_schedule=constant")
+
+
 @dataclass
 class OptimConfig(Options):
     """How parameters are updated."""
@@ -40,7 +46,7 @@ class OptimConfig(Options):
                            "decay after the warm-up"] = "cosine"
     warmup_iters: Annotated[int, "steps of linear warm-up", at_least(0)] = 100
     lr_decay_iters: Annotated[int, "step at which min_lr is reached; 0: max_iters", at_least(0)] = 0
-    min_lr: Annotated[float, "learning rate at the end", at_least(0)] = 3e-4
+    min_lr: Annotated[float, "learning rate at the end", not_above_peak] = 3e-4
     weight_decay: Annotated[float, "on matrices only", at_least(0)] = 0.1
     beta1: Annotated[float, "AdamW's", in_range(0, 1)] = 0.9
     beta2: Annotated[float, "AdamW's", in_range(0, 1)] = 0.99

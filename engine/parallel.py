@@ -45,16 +45,11 @@ def shard(model: nn.Module, compute: Compute):
     """Split the parameters over the processes, in place: each block apart, then the rest."""
     # Loaded here: it takes a second, which most runs do not need.
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
     # All built the model from one seed. As with copies, rank 0's numbers count.
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), src=0)
-    policy = MixedPrecisionPolicy()
-    if compute.device.type == "cuda" and compute.dtype == "bfloat16":
-        # The blocks' matrices, which autocast would round anyway, travel in half the bytes.
-        # Gradients are averaged in float32, and the residual stream stays float32.
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     # FSDP cannot cut a parameter without elements, which a vision model without register tokens
     # has. It stays as it is, and its gradient is not mixed with those of shards.
     empty = {p for p in model.parameters() if not p.numel()}
@@ -63,8 +58,9 @@ def shard(model: nn.Module, compute: Compute):
     mesh = init_device_mesh(compute.device.type, (compute.world,))
     options = {"mesh": mesh, "ignored_params": empty}
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    # Parameters travel in float32, whatever autocast makes of them: kappa is measured without it.
     for block in max(lists, key=weight):
-        fully_shard(block, mp_policy=policy, **options)
+        fully_shard(block, **options)
     fully_shard(model, **options)
     # Our models change no output in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -86,10 +86,10 @@ class Run:
         with Compute(config.device, dtype, config.n_embd, config.timeout) as compute:
             self.agree(compute)
             compute.check_same(self.decisive(compute))
-            check_world(config, compute.world)
-            if config.shard and not config.eval_only:
-                check_shard(compute)
             if not config.eval_only:
+                check_world(config, compute.world)
+                if config.shard:
+                    check_shard(compute)
                 compute.on_main(lambda: check_writable(self.folder))
             yield compute
 
@@ -159,9 +159,9 @@ def goes_on(config, typed: dict) -> bool:
     """
     exists = (Path(config.out_dir) / "ckpt.pt").exists()
     own = config.init_from in ("scratch", "resume", "auto")
-    if config.init_from == "resume" and config.overwrite:
-        raise UserError("--init_from=resume goes on with the run that --overwrite would replace: "
-                        "choose one")
+    if config.init_from in ("resume", "auto") and config.overwrite:
+        raise UserError(f"--init_from={config.init_from} goes on with the run that --overwrite "
+                        "would replace: choose one")
     if config.eval_only:
         return own or (exists and "init_from" not in typed)
     if config.init_from == "resume" or (config.init_from == "auto" and exists):
@@ -200,8 +200,8 @@ def resume(config, preset: dict, typed: dict) -> Run:
         old = before["batch_size"] * before[name]
         new = config.batch_size * getattr(config, name)
         if new != old and not config.eval_only:
-            raise UserError(f"batch_size x {name} = {new} cannot change on resume: "
-                            f"the run has {old}")
+            raise UserError(f"batch_size x {name} = {new} cannot change on resume: the run has "
+                            f"{old}. Choose two factors of that")
     if os.environ.get("RANK", "0") == "0":
         announce(config, saved, typed)
     return Run(config, typed, saved)
@@ -223,7 +223,7 @@ def announce(config, saved: dict, typed: dict):
 
 def code() -> dict[str, str]:
     """{file: hash} of what a run may execute of this project."""
-    rooms = ("", "engine", "data", "vision")
+    rooms = ("", "engine", "data", "vision", "precond_dropin")
     files = [path for room in rooms for path in (ROOT / room).glob("*.py")]
     return {path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(files)}
@@ -310,7 +310,7 @@ def restore_state(trainer, saved: dict):
         load_optimizer(trainer.optimizer, saved["optimizer"])
         if saved["scaler"]:  # empty where the run was not in float16
             trainer.scaler.load_state_dict(saved["scaler"])
-        trainer.step = saved["step"]
+        trainer.step = trainer.kept = saved["step"]
         trainer.evaluated = saved["evaluated"]
         trainer.best = saved["best"]
         meter.train_seconds = saved["train_seconds"]

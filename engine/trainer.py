@@ -99,6 +99,7 @@ class Trainer:
                   f"{'tuned malloc' if tuned else 'malloc as it is'}", flush=True)
         self.step = 0
         self.evaluated = -1  # the step of the last evaluation
+        self.kept = -1  # that of ckpt.pt
         self.best = None  # {"metric", "value", "step"} of the best evaluation
         self.meter = Meter(task.train_metrics, compute)
         # Each process draws its own dropout.
@@ -209,8 +210,8 @@ class Trainer:
 
     def diverged(self, step: int) -> str:
         kept = ""
-        if self.evaluated >= 0:
-            kept = f"; {self.folder / 'ckpt.pt'} holds step {self.evaluated}"
+        if self.kept >= 0:
+            kept = f"; {self.folder / 'ckpt.pt'} holds step {self.kept}"
         return (f"the loss is not finite at step {step}{kept}. Lower --learning_rate, or set "
                 "--grad_clip or --warmup_iters")
 
@@ -219,4 +220,5 @@ class Trainer:
         self.check_finite()
         self.meter.stop()
         save_state(self)
+        self.kept = self.step
         self.meter.start()

@@ -136,7 +136,7 @@ def test_reaching_the_target_on_few_seeds_is_not_reaching_it():
 @pytest.mark.slow
 def test_a_diverged_arm_is_reported(study):
     # what a run is recognised by
-    assert "is not finite" in trainer.Trainer.diverged(SimpleNamespace(evaluated=-1), 3)
+    assert "is not finite" in trainer.Trainer.diverged(SimpleNamespace(kept=-1), 3)
     (code, out, _), result = study("--vary", "precond_power=0,8,1", "--seeds=3")
     hot = result["arms"]["precond_power=8"]
     assert code == 0

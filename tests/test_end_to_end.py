@@ -232,6 +232,17 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_checkpoint(corpus, again, f
     assert saved["step"] == 10 and all(p.isfinite().all() for p in saved["model"].values())
 
 
+def test_a_diverged_run_names_the_step_that_is_kept(begin, again, folder, monkeypatch):
+    """Of a run that was stopped at step 5 and evaluated at 0."""
+    begin("--max_iters=5")
+    saved = checkpoint.read(folder / "ckpt.pt")
+    checkpoint.save(folder / "ckpt.pt", saved | {"evaluated": 0})
+    monkeypatch.setattr(train.LanguageModelling, "loss",
+                        lambda self, model, x, y: (math.nan * model(x, y)[1],))
+    message = error(again("--init_from=resume", "--max_iters=9"))
+    assert f"not finite at step 5; {folder / 'ckpt.pt'} holds step 5." in message
+
+
 def test_full_disk_keeps_the_checkpoint(begin, again, folder, monkeypatch):
     begin("--max_iters=5")
     more = ["--init_from=resume", "--max_iters=9"]

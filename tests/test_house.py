@@ -14,7 +14,7 @@ ROOMS = {  # room: the rooms that it may import from, besides itself
     "attention": (),
     "engine": ("precond",),
     "data": ("engine.options",),
-    "vision": ("precond", "engine", "data"),
+    "vision": ("precond_dropin", "engine", "data"),
     "model": ("precond", "attention", "engine"),
     "task": ("precond", "attention", "engine", "model", "data", "vision"),
     "study": ("precond", "engine", "task", "data"),

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import signal
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 pytest.importorskip("scipy", reason="pip install -r requirements-extra.txt")
 
 import compare
-from conftest import SMALL, error, read_metrics
+from conftest import ROOT, SMALL, error, read_metrics
 from fake_runs import folders
 from study import fingerprint, launch
 
@@ -99,6 +100,13 @@ def test_the_code_that_a_run_imports(tmp_path):
         (tmp_path / name).write_text(sources[name] + "new = 1\n")
         assert fingerprint.code_hash(tmp_path / "script.py") != before
         before = fingerprint.code_hash(tmp_path / "script.py")
+
+
+def test_the_hash_sees_what_preconditions_the_vision_models():
+    """precond's own names of its drop-ins are found when asked for: no reader of code sees that."""
+    finder = ModuleFinder([str(ROOT)])
+    finder.run_script(str(ROOT / "train_vision.py"))
+    assert "precond_dropin.hugging_face" in finder.modules
 
 
 def test_code_that_changes_meanwhile_stops_the_comparison(study, monkeypatch):

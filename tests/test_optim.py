@@ -51,3 +51,10 @@ def test_weight_decay_acts_on_matrices_only():
 def test_impossible_options(option, value):
     with pytest.raises(ValueError, match=option):
         TrainerConfig(**{option: value})
+
+
+def test_a_schedule_that_would_rise_is_refused():
+    with pytest.raises(ValueError, match="min_lr=0.0003 is above learning_rate=0.0001"):
+        TrainerConfig(learning_rate=1e-4)
+    TrainerConfig(learning_rate=1e-4, lr_schedule="constant")
+    TrainerConfig(learning_rate=3e-4)

@@ -129,6 +129,10 @@ def test_runs_that_do_not_compare(tmp_path, call):
     short = invent(tmp_path / "short", precond=True, steps=(0, 10))
     assert f"{run} ends at step 20, {short} at step 10" in error(call(plot, run, short))
     assert "at tokens 2,000" in error(call(plot, run, short, "--x=tokens"))
+    padded = invent(tmp_path / "padded", seed=2)  # as in Long Range Arena, where seeds differ
+    metrics = padded / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"tokens": 2000', '"tokens": 1950'))
+    assert call(plot, run, padded, "--x=tokens", f"--out={tmp_path / 'drawn'}")[0] == 0
     other = invent(tmp_path / "other", dataset="more.txt", tokenizer="bytes")
     said = "different data (dataset=text.txt, tokenizer=char; dataset=more.txt, tokenizer=bytes)"
     assert said in error(call(plot, run, other))

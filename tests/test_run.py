@@ -101,6 +101,8 @@ def test_an_empty_name_is_refused(option, corpus, tmp_path, call, monkeypatch):
 
 def test_resume_and_overwrite_contradict_each_other(folder, call):
     assert "choose one" in error(resume(call, folder, "--overwrite"))
+    message = error(call(train, "--init_from=auto", "--overwrite", f"--out_dir={folder}"))
+    assert "--init_from=auto goes on" in message
 
 
 def test_lost_metrics_are_mentioned(folder, call):

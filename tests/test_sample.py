@@ -200,6 +200,15 @@ def run(corpus, tmp_path_factory):
     return folder
 
 
+def test_a_text_without_line_ends_begins_with_its_first_character(call, corpus, tmp_path):
+    text = tmp_path / "dna.txt"
+    text.write_text("gattaca" * 200)
+    words = [*SMALL, f"--dataset={text}", f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}"]
+    assert call(train, *words, "--max_iters=0")[0] == 0
+    code, out, err = call(sample, f"--out_dir={tmp_path / 'out'}", "--max_new_tokens=5")
+    assert code == 0 and out[0] == "a" and set(out) - set("acgt-\n") == set(), err
+
+
 def test_samples_are_repeatable_and_continue_the_prompt(call, run, tmp_path):
     (tmp_path / "prompt.txt").write_text("Préc", encoding="utf-8")
     options = [f"--out_dir={run}", "--num_samples=3", "--max_new_tokens=30"]

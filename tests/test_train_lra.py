@@ -234,6 +234,24 @@ def test_validation_on_a_part_spreads_over_the_split(prepared):
     assert seen == [i * 41 // 10 for i in range(10)]
 
 
+def test_a_checkpoint_from_before_an_option_is_tested_as_it_was(trained, call):
+    folder, before = trained[0], (trained[0] / "test.json").read_text()
+    best = checkpoint.read(folder / "best.pt")
+    del best["config"]["precond_scale"]
+    checkpoint.save(folder / "best.pt", best)
+    (folder / "test.json").unlink()
+    code, _, err = call(train_lra, "--eval_only", f"--out_dir={folder}")
+    assert code == 0 and (folder / "test.json").read_text() == before, err
+
+
+def test_an_accuracy_that_cannot_be_kept_is_still_shown(trained, call):
+    (trained[0] / "test.json").unlink()
+    (trained[0] / "test.json").mkdir()
+    code, out, err = call(train_lra, "--eval_only", f"--out_dir={trained[0]}")
+    assert code == 2 and "test accuracy" in out
+    assert f"cannot write to {trained[0]}: Is a directory" in err and err.count("\n") == 1
+
+
 def test_show_listops(trained, call):
     code, out, _ = call(train_lra, "--eval_only", "--show=6", f"--out_dir={trained[0]}")
     task, model, _ = reopen(trained[0])

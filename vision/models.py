@@ -17,10 +17,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import precond
 from data import coco
 from engine.options import DATA, FIXED, FIXED_IN_TRAINING, at_least, divides, in_range, need
 from engine.precond_config import PrecondConfig, positive
+from precond_dropin import register_transformers
 
 TASKS = ("classify", "detect", "segment")
 
@@ -66,8 +66,8 @@ def make_network(config: VisionConfig, n_classes: int) -> nn.Module:
     power = config.precond_power if config.precond else 0.0
     scale = config.precond_scale if config.precond else 1.0
     name = f"preconditioned_{power}_{scale}_{config.precond_eps}_{config.precond_grad}"
-    precond.register_transformers(name, grad=config.precond_grad, eps=config.precond_eps,
-                                  power=power, scale=scale)
+    register_transformers(name, grad=config.precond_grad, eps=config.precond_eps, power=power,
+                          scale=scale)
     shape = dict(
         hidden_size=config.n_embd, num_hidden_layers=config.n_layer, patch_size=config.patch_size,
         num_attention_heads=config.n_head, num_labels=n_classes, hidden_dropout_prob=config.dropout,
