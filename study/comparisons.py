@@ -73,11 +73,12 @@ def conditioning(studies: dict[str, dict]):
     """A panel for each comparison: the final metric of each run against its kappa. None: no panel.
 
     kappa is of the matrices that the trained model used, C A or A: the median over layers. A panel
-    says Spearman's rank correlation over all its runs.
+    says Spearman's rank correlation over all its runs; of three or fewer there is none.
     """
     from matplotlib.lines import Line2D
     from matplotlib.ticker import NullFormatter
-    studies = {name: study for name, study in studies.items() if study["points"]}
+    studies = {name: study for name, study in studies.items()
+               if sum(map(len, study["points"].values())) > 3}
     if not studies:
         return None
     arms = dict.fromkeys(arm for study in studies.values() for arm in study["points"])
