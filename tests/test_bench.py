@@ -58,7 +58,6 @@ NANOGPT = """
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_bench_of_all_arms(tmp_path):
     """A round of three arms and a stand-in for nanoGPT; a profile."""
     root = bench.__file__.removesuffix("bench.py")
@@ -177,7 +176,6 @@ def test_explicit_attention_and_nystrom_of_a_classifier(monkeypatch):
     assert arms["baseline"].model.head[-1].out_features == 3
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_an_arm_that_dies_is_one_line(tmp_path, call, monkeypatch):
     (tmp_path / "model.py").write_text("raise SystemExit(3)\n")

@@ -126,11 +126,41 @@ def test_arms_that_cannot_be_told_apart(tmp_path):
     assert "cannot be told apart with 3 seeds" in said and "about 34 seeds" in said
 
 
+def made_up(losses, tests=None) -> list[runs.Run]:
+    """A run for each list of losses after 0, 5 and 9 steps, which took a second each."""
+    made = []
+    for seed, along in enumerate(losses, 1):
+        records = [{"step": step, "elapsed_s": float(step), "val_loss": loss, "tokens": step,
+                    "peak_memory_mb": 7, "kappa_before": [1.0], "kappa_after": [1.0]}
+                   for step, loss in zip((0, 5, 9), along)]
+        made.append(runs.Run(None, {"seed": seed, "precond": False}, records, {"serial": True},
+                             tests and tests[seed - 1]))
+    return made
+
+
 def test_reaching_the_target_on_few_seeds_is_not_reaching_it():
-    records = [{"step": step, "elapsed_s": seconds, "val_loss": loss}
-               for step, seconds, loss in ((0, 0.0, 3.0), (5, 1.0, 2.0), (9, 2.0, 1.0))]
-    run = runs.Run(None, {"seed": 1}, records)
-    assert report.reached(run, 2.0) == (5, 1.0) and report.reached(run, 0.5) is None
+    target = made_up([(3, 2.5, 2.0)] * 3)
+    soon, never = (3, 2.0, 1.5), (3, 2.5, 2.2)
+    few = report.describe(made_up([soon, never, never]), target)
+    assert few["reached_target"] == "1/3" and "steps_to_target" not in few
+    most = report.describe(made_up([soon, never, (3, 2.5, 1.9)]), target)
+    assert most["reached_target"] == "2/3"
+    assert (most["steps_to_target"], most["seconds_to_target"]) == (9, 9.0)  # of 5, 9, never
+
+
+def test_differences_of_test_accuracies_have_the_sign_of_the_others():
+    found = report.pairing(made_up([(3, 2, 1.5), (3, 2, 1.4)], [0.6, 0.7]),
+                           made_up([(3, 2, 1.0), (3, 2, 1.0)], [0.5, 0.5]))
+    assert found["differences"] == pytest.approx([0.5, 0.4]) and found["wins"] == 0
+    assert found["test_paired"]["mean"] == pytest.approx(0.15)
+
+
+def test_among_more_comparisons_a_difference_needs_more_seeds():
+    first, second = ({"paired": {"mean": 0.01, "sd": 0.02, "p": p}} for p in (0.03, 0.4))
+    report.correct([first, second])
+    needed = stats.seeds_needed(0.01, 0.02, alpha=0.05 / 2)
+    assert first["paired"]["seeds_needed"] == needed > stats.seeds_needed(0.01, 0.02)
+    assert (first["paired"]["p_holm"], second["paired"]["p_holm"]) == (0.06, 0.4)
 
 
 @pytest.mark.slow

@@ -230,14 +230,25 @@ def test_the_script_needs_no_torch():
 @pytest.mark.slow
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path):
     """Ctrl-C, which a terminal sends to all processes at once."""
-    script = ROOT / "data" / "lra.py"
-    command = [sys.executable, str(script), "pathfinder", f"--data_dir={tmp_path}"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             start_new_session=True,
+    code = f"""if True:
+        import sys
+        from data import pathfinder
+        from data.lra import main
+        from engine import options
+
+        def said(drawn, *args, **kwargs):
+            for image in drawn:
+                print("drawn", flush=True)
+                yield image
+
+        pathfinder.tqdm = said
+        options.run(lambda: main(["pathfinder", "--data_dir={tmp_path}"]))"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT,
                              # Tests that a shell runs in its background begin with it ignored.
                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    assert "preparing pathfinder" in child.stdout.readline()
-    time.sleep(4)  # until images are drawn
+    while child.stdout.readline().strip() != "drawn":
+        assert child.poll() is None
     os.killpg(child.pid, signal.SIGINT)
     _, err = child.communicate(timeout=60)
     assert (child.returncode, err.split()) == (130, ["interrupted"])

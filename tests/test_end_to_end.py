@@ -185,6 +185,22 @@ def test_kappa_is_measured_in_full_float32(begin, monkeypatch):
     assert seen == {"probe": {("highest", False)}, "loss": {("high", True)}}
 
 
+@pytest.mark.slow
+def test_a_compiled_model_is_the_one_that_trains(begin, folder, tmp_path, monkeypatch):
+    from torch._dynamo.testing import CompileCounterWithBackend
+    counter = CompileCounterWithBackend("eager")
+    compiler = torch.compile
+    monkeypatch.setattr(trainer, "check_compiler", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda model: compiler(model, backend=counter))
+    begin("--max_iters=3", "--compile=True")
+    begin("--max_iters=3", f"--out_dir={tmp_path / 'plain'}")
+    assert counter.frame_count > 0
+    compiled, plain = read_metrics(folder)[-1], read_metrics(tmp_path / "plain")[-1]
+    assert compiled["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-5)
+    names = checkpoint.read(folder / "ckpt.pt")["model"].keys()
+    assert names == checkpoint.read(tmp_path / "plain/ckpt.pt")["model"].keys()
+
+
 def test_evaluation_is_not_training_time(begin, folder, monkeypatch):
     now = 0.0
     evaluate = train.LanguageModelling.evaluate
@@ -364,5 +380,6 @@ def test_a_run_of_an_older_version_goes_on(tmp_path, call, monkeypatch):
     assert code == 0, err
     for new, old in zip(read_metrics("old"), read_metrics(ROOT / "tests" / "old_run"), strict=True):
         assert new.keys() == old.keys() and new["step"] == old["step"]
-        for name in {"train_loss", "val_loss", "grad_norm", "learning_rate"} & new.keys():
+        names = {"train_loss", "val_loss", "val_bpb", "grad_norm", "learning_rate"}
+        for name in names & new.keys():
             assert new[name] == pytest.approx(old[name], rel=1e-4), (new["step"], name)

@@ -69,6 +69,7 @@ def test_transformers_computes_the_same(changes, tmp_path):
 
     shapes, kept, weights = pretrained.read(str(tmp_path / "hf"))
     vocab_size = shapes.pop("vocab_size")
+    assert kept.get("precond_grad", False) == changes.get("precond_grad", False)
     back = GPT(ModelConfig(**shapes, **kept), vocab_size)
     back.load_state_dict(weights)
     torch.testing.assert_close(back(idx)[0], expected, atol=1e-5, rtol=1e-5)

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from conftest import SMALL, read_metrics, shell, torchrun
 from engine import loss as head
-from model import GPT, ModelConfig
+from model import GPT, Classifier, ModelConfig
 
 
 def example(n=37, C=12, V=29, ignored=True):
@@ -140,11 +140,24 @@ def test_the_loss_is_chosen_by_the_vocabulary():
     assert small(idx, idx)[0].shape == (1, 2, 4095) and large(idx)[0].shape == (1, 2, 4096)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointed_activations_change_nothing(dropout):
-    kept, a = gradients("plain", dropout=dropout, checkpoint_activations=False)
-    again, b = gradients("plain", dropout=dropout, checkpoint_activations=True)
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"rotary": True}], ids=str)
+def test_checkpointed_activations_change_nothing(options):
+    kept, a = gradients("plain", **options, checkpoint_activations=False)
+    again, b = gradients("plain", **options, checkpoint_activations=True)
     assert kept == again and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_checkpointed_activations_see_no_padding():
+    found = []
+    x, real = torch.arange(16).view(2, 8) % 11, torch.arange(8) < torch.tensor([[8], [3]])
+    for option in (False, True):
+        torch.manual_seed(0)
+        config = ModelConfig(block_size=8, n_layer=2, n_head=2, n_embd=16,
+                             checkpoint_activations=option)
+        model = Classifier(config, 11, 3)
+        model(x, real, torch.tensor([0, 2]))[1].backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_checkpointed_activations_are_not_kept():

@@ -88,15 +88,18 @@ def test_queries_keys_and_values_of_each_head_are_matrices_of_their_own():
     model = GPT(ModelConfig(**TINY), 11)
     attention = model.blocks[0].attn
     optimizer = make_optimizer(model, OptimConfig(optimizer="muon", momentum=0.0, weight_decay=0.0,
-                                                  learning_rate=1.0, matrix_learning_rate=1.0))
-    before = attention.qkv.weight.detach().clone()
+                                                  learning_rate=1.0, matrix_learning_rate=0.5))
     torch.manual_seed(0)
-    grad = attention.qkv.weight.grad = torch.randn(48, 16)
+    grad = torch.randn(48, 16)
     grads = []  # as attention reads them: what each head's q, k and v get from its own rows
     for qkv in grad.view(3, 2, 8, 16):
         grads += [orthogonalise(head) for head in qkv]
+    attention.qkv.weight.grad = torch.randn(48, 16)
+    optimizer.step()  # without momentum nothing of it is left in the next step
+    before = attention.qkv.weight.detach().clone()
+    attention.qkv.weight.grad = grad
     optimizer.step()
-    torch.testing.assert_close(attention.qkv.weight, before - 0.2 * 4 * torch.cat(grads))
+    torch.testing.assert_close(attention.qkv.weight, before - 0.5 * 0.2 * 4 * torch.cat(grads))
 
 
 def vision(task):

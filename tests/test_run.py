@@ -45,6 +45,17 @@ def change(folder, **parts):
     torch.save(state, folder / "ckpt.pt")
 
 
+def test_a_resumed_run_keeps_its_clock_and_its_best(folder, call):
+    best = {"metric": "val_loss", "value": 0.5, "step": 2}  # which the next steps do not reach
+    change(folder, train_seconds=1000.0, best=best)
+    kept = (folder / "best.pt").read_bytes()
+    assert resume(call, folder)[0] == 0
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 6 and 1000 < last["elapsed_s"] < 1100
+    assert checkpoint.read(folder / "ckpt.pt")["best"] == best
+    assert (folder / "best.pt").read_bytes() == kept
+
+
 HOLD = """
     import sys, time, pathlib
     sys.path.insert(0, {root!r})

@@ -68,6 +68,18 @@ def test_prompts_of_different_length_continue_as_if_alone(options):
     assert stack([[1, 2], [3, 4]])[1] is None
 
 
+def test_padding_that_the_moved_window_still_has():
+    """It moves from 24 tokens to the last 12, of which a prompt of one token then has 2."""
+    model = random_model()
+    prompts = [[7], list(range(11)) * 2 + [3, 5]]
+    tokens, padding = stack(prompts)
+    assert padding.tolist() == [23, 0]
+    text = prompts[0].copy()
+    for new in generate(model, tokens, 10, padding=padding, temperature=0):
+        assert new[0] == model(torch.tensor([text]))[0][0, -1].argmax()
+        text.append(new[0].item())
+
+
 def test_padding_is_forgotten_when_the_window_moves():
     """24 tokens after the longest prompt's start the window moves: then all rows are their last 12
     tokens and nothing else."""
@@ -256,7 +268,6 @@ def test_samples_are_drawn_in_batches(call, run, monkeypatch, tmp_path):
         call(sample, f"--out_dir={run}", "--num_samples=1000000000000000")
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_output_that_the_terminal_cannot_hold(run, tmp_path):
     """Question marks, whatever is not ASCII: text, undecodable bytes of a prompt, a folder."""

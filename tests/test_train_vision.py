@@ -196,9 +196,15 @@ def test_bfloat16(tmp_path, call):
         assert code == 0, err
 
 
+def test_training_moves_on_through_its_images():
+    task, _ = build("classify")
+    together, first, second = task.batch(0, 8)[0], task.batch(0, 4)[0], task.batch(4, 4)[0]
+    assert torch.equal(together, torch.cat([first, second])) and not torch.equal(first, second)
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path, call):
-    """They see the images of one and evaluate to its numbers; every parameter gets a gradient."""
+    """They evaluate to the numbers of one, and take as many images; all parameters take part."""
     arguments = ["detect", *TINY, "--max_iters=1", "--precond=True"]
     torchrun(2, "train_vision.py", *arguments, f"--out_dir={tmp_path / 'two'}")
     assert call(train_vision, *arguments, f"--out_dir={tmp_path / 'one'}")[0] == 0

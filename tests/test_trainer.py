@@ -64,6 +64,14 @@ def test_parts_of_different_size_count_by_their_sequences(rank, tmp_path):
     torch.testing.assert_close(trainer.meter.sums[0], trainer.raw(x).mean().detach())
 
 
+def test_each_process_draws_its_own_dropout(tmp_path):
+    drawn = []
+    for rank in (0, 1):
+        step(tmp_path, world=2, rank=rank, batch_size=2)
+        drawn.append(torch.rand(4))
+    assert not torch.equal(*drawn)
+
+
 def test_gradients_are_clipped_and_their_norm_is_recorded_before(tmp_path):
     trainer = step(tmp_path, batch_size=4, grad_clip=0.5)
     mean = Means().batch(0, 4)[0].mean(0)

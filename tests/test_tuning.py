@@ -88,6 +88,17 @@ def test_two_spellings_of_one_value_are_one_run(study, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_rate_that_diverges_on_one_seed_is_out(study):
+    (code, out, _), result = study("--vary", "precond_power=0,1", "--seeds=2", "--tune",
+                                   "learning_rate=1e-3,1e-2,2e-2,100", "--jobs=4")
+    means = rates(result)["precond_power=1"]
+    assert code == 0 and means["100"] is None and "| diverged" in out
+    # The means over both seeds, 100001 and 100002, as the fake run has them.
+    assert means["1e-2"] == pytest.approx(2 + 0.01 * 100001.5 - 0.1 * (1 + 0.1 * 100001.5))
+    assert result["arms"]["precond_power=1"]["diverged"] == {}
+
+
+@pytest.mark.slow
 def test_every_rate_diverges(study):
     said = error(study("--vary", "precond_power=0,8", "--tune", "learning_rate=1,2",
                        "--tune_seeds=1", "--seeds=2")[0])
