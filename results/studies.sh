@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every study of preconditioning, one command each; but for kappa and the confirmations each arm has
-# its own learning rate.
+# Every study of preconditioning, one command each; but for kappa, listops_full and the
+# confirmations each arm has its own learning rate.
 #
 #   bash results/studies.sh                 # their names, and which have been run
 #   bash results/studies.sh classify_muon   # run one, or go on with it where it was stopped
@@ -64,6 +64,10 @@ study() {  # name -> the words after compare.py
     listops_softmax | listops_nystrom | listops_linear)
         words=(train_lra.py listops --attention="${1#listops_}" --max_iters=2000 "${arms[@]}"
                --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5) ;;
+    # As the literature trains it, at its rate. A run takes two and a half hours, two at once.
+    listops_full)
+        words=(train_lra.py config/lra_listops.toml --attention=nystrom --eval_interval=500
+               --arm "off:" --arm "paper: precond=True" --seeds=1) ;;
     pathfinder_softmax) pathfinder softmax 1000 ;;
     pathfinder_nystrom) pathfinder nystrom 600 ;;
     # The confirmations ask once more where half-grad led on every seed: at the rates tuned there,
@@ -89,7 +93,7 @@ study() {  # name -> the words after compare.py
 
 if [ $# = 0 ]; then
     for name in kappa characters_{muon_short,adamw_short,muon,adamw} \
-                listops_{softmax,nystrom,linear,confirm} pathfinder_{softmax,nystrom,confirm} \
+                listops_{softmax,nystrom,linear,confirm,full} pathfinder_{softmax,nystrom,confirm} \
                 {classify,detect,segment}{,_muon}; do
         if [ -e "results/$name.json" ]; then
             echo "$name (run)"
