@@ -201,10 +201,10 @@ def report(config: Config, task: Classification, model: Classifier, compute: Com
               "test_accuracy": accuracy, "test_loss": loss, "test_samples": samples,
               "baselines": guesses}
     try:
-        if config.show:
-            show(config, task, model, compute)
         if same:
             (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
+        if config.show:
+            show(config, task, model, compute)
     except BrokenPipeError:  # `| head` has seen enough
         raise
     except OSError as e:

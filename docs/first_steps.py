@@ -41,7 +41,7 @@ MODELS = {  # class, configuration, steps
 
 def batch(name: str, seed: int, step: int) -> dict:
     indices = range(step * BATCH, (step + 1) * BATCH)
-    images, counts, kinds, boxes = Shapes("detect", 64, seed, None).batch(indices)
+    images, counts, kinds, boxes = Shapes("detect", 64, None, seed).batch(indices)
     pixels = images / 127.5 - 1  # (B, 3, 64, 64)
     if name == "ViT":
         return dict(pixel_values=pixels, labels=kinds[:, 0])
