@@ -190,12 +190,6 @@ def read_prompts(start: str) -> list[str]:
     return prompts
 
 
-def opening(tokenizer: Tokenizer) -> str:
-    """The prompt where none is given: a line end, or of a text without any its first character."""
-    chars = getattr(tokenizer, "chars", "\n")
-    return "\n" if "\n" in chars else chars[0]
-
-
 def write(model: GPT, tokenizer: Tokenizer, prompts: list[str], config: Config,
           generator: torch.Generator):
     """Print a sample for each prompt, all drawn at once, the first one as it is written."""
@@ -236,11 +230,11 @@ def open_model(config: Config) -> tuple[GPT, Tokenizer]:
 
 
 def main():
-    config, typed = options.parse(Config, sys.argv[1:], __doc__)
+    config, _ = options.parse(Config, sys.argv[1:], __doc__)
     prompts = read_prompts(config.start)
     model, tokenizer = open_model(config)
-    if "start" not in typed:
-        prompts = [opening(tokenizer)]
+    if config.start == Config.start:
+        prompts = [tokenizer.opening()]
     c = model.config
     with Compute(config.device, config.dtype, c.n_embd) as compute:
         model = for_sampling(model, compute.device, DTYPES[compute.dtype])

@@ -28,6 +28,10 @@ class Tokenizer:
     def state(self) -> dict:
         return {"name": self.name}
 
+    def opening(self) -> str:
+        """The prompt where none is given: one that can be encoded."""
+        return "\n"
+
     def encode_prompt(self, text: str) -> list[int]:
         """The same as `encode`, but "<|endoftext|>" is the end-of-text token where there is one."""
         return self.encode(text)
@@ -50,6 +54,9 @@ class CharTokenizer(Tokenizer):
 
     def state(self) -> dict:
         return {"name": self.name, "chars": self.chars}
+
+    def opening(self) -> str:
+        return "\n" if "\n" in self.ids else self.chars[0]  # a text can lack line ends
 
     def encode(self, text: str) -> list[int]:
         try:

@@ -46,7 +46,7 @@ class OptimConfig(Options):
                            "decay after the warm-up"] = "cosine"
     warmup_iters: Annotated[int, "steps of linear warm-up", at_least(0)] = 100
     lr_decay_iters: Annotated[int, "step at which min_lr is reached; 0: max_iters", at_least(0)] = 0
-    min_lr: Annotated[float, "learning rate at the end", not_above_peak] = 3e-4
+    min_lr: Annotated[float, "learning rate at the end", at_least(0), not_above_peak] = 3e-4
     weight_decay: Annotated[float, "on matrices only", at_least(0)] = 0.1
     beta1: Annotated[float, "AdamW's", in_range(0, 1)] = 0.9
     beta2: Annotated[float, "AdamW's", in_range(0, 1)] = 0.99

@@ -111,10 +111,8 @@ def check(groups: Groups, x: str, layer: int):
             raise UserError(f"{first.folder} and {run.folder} were trained on different data "
                             f"({named(one - two)}; {named(two - one)}): draw them separately")
         end, its_end = [max(r.along(unit).values()) for r in (first, run)]
-        # Long Range Arena's batches are padded, to as many tokens as the seed has it. Runs of other
-        # lengths race along seconds.
-        slack = 0.1 * end if unit == "tokens" else 0
-        if abs(end - its_end) > slack and x != "seconds":
+        # Runs of other lengths race along seconds.
+        if end != its_end and x != "seconds" and training_of(first) != training_of(run):
             raise UserError(f"{first.folder} ends at {unit} {end:,}, {run.folder} at {unit} "
                             f"{its_end:,}: finish the shorter with --init_from=resume, "
                             "or draw runs of one length")
@@ -122,6 +120,15 @@ def check(groups: Groups, x: str, layer: int):
         depth = run.config["n_layer"]
         if layer >= depth:
             raise UserError(f"layer={layer}, but {run.folder} has the layers 0 to {depth - 1}")
+
+
+def training_of(run: Run) -> tuple:
+    """The last step, and what a step takes. Where that is equal, tokens differ by padding alone.
+
+    Long Range Arena pads a batch to its longest sequence, and the seed says which is in it.
+    """
+    sizes = "batch_size", "gradient_accumulation_steps", "block_size", "patch_size"
+    return max(run.along("step").values()), *(run.config.get(name) for name in sizes)
 
 
 def named(options: set[tuple]) -> str:

@@ -47,7 +47,8 @@ def test_weight_decay_acts_on_matrices_only():
 
 
 @pytest.mark.parametrize("option, value", [
-    ("learning_rate", -1.0), ("max_iters", -1), ("grad_clip", math.nan), ("beta1", 1.5)])
+    ("learning_rate", -1.0), ("max_iters", -1), ("grad_clip", math.nan), ("beta1", 1.5),
+    ("min_lr", -1e-5)])
 def test_impossible_options(option, value):
     with pytest.raises(ValueError, match=option):
         TrainerConfig(**{option: value})

@@ -212,7 +212,7 @@ def run(corpus, tmp_path_factory):
     return folder
 
 
-def test_a_text_without_line_ends_begins_with_its_first_character(call, corpus, tmp_path):
+def test_a_text_without_line_ends_begins_with_its_first_character(call, tmp_path):
     text = tmp_path / "dna.txt"
     text.write_text("gattaca" * 200)
     words = [*SMALL, f"--dataset={text}", f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}"]
