@@ -71,7 +71,7 @@ def test_words_can_be_tuned(study):
 def test_higher_accuracy_is_better(study, fake):
     fake("val_accuracy")
     (_, out, _), result = study("--vary", "precond_power=0,1", "--seeds=3", "--tune",
-                                "learning_rate=1e-3,1e-2", script="train_lra.py")
+                                "learning_rate=1e-3,1e-2", "--min_lr=0", script="train_lra.py")
     assert result["metric"] == "val_accuracy" and result["arms"]["precond_power=1"]["wins"] == 0
     assert "precond_power=1 is worse than precond_power=0" in out
     # The higher mean is chosen: the rate that is wrong by more, and one beyond it, three times.
