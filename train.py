@@ -31,8 +31,8 @@ from model import GPT, ModelConfig
 
 @dataclass
 class Config(TrainerConfig, ModelConfig):
-    dataset: Annotated[str, "shakespeare, tinyshakespeare, tinystories, openwebtext, fineweb, or "
-                            "path/to/text.txt", DATA, not_empty] = "shakespeare"
+    dataset: Annotated[str, "shakespeare, tinyshakespeare, tinystories, openwebtext, fineweb-edu, "
+                            "or path/to/text.txt", DATA, not_empty] = "shakespeare"
     tokenizer: Annotated[Literal["auto", "char", "gpt2", "bytes"],
                          "auto: gpt2 for the three large datasets, else char", DATA] = "auto"
     data_dir: Annotated[str, "where prepared data is kept", LOCAL, not_empty] = "data"
@@ -129,8 +129,10 @@ def main():
             # A learned power is not among the weights: it keeps its first value.
             load_weights(model, model.state_dict() | weights, config.init_from)
         if compute.main:
+            limit = task.meta.get("max_tokens")  # older folders do not say
+            limited = f" (a part: max_tokens={limit:,})" if limit else ""
             print(f"data: {task.folder}, {len(task.train):,} training and {len(task.val):,} "
-                  f"validation tokens, vocabulary {task.meta['vocab_size']:,}\n"
+                  f"validation tokens{limited}, vocabulary {task.meta['vocab_size']:,}\n"
                   f"model: {model.n_parameters():,} parameters, block_size={config.block_size}, "
                   f"{config.describe_precond()}\n"
                   f"compute: {compute.describe()}", flush=True)

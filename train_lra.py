@@ -28,8 +28,8 @@ from data.folders import expecting
 from data.order import Shuffled, spread
 from engine import checkpoint, options
 from engine.device import Compute
-from engine.options import DATA, FREE, LOCAL, UserError, at_least, not_empty
-from engine.run import RESULT, open_run
+from engine.options import DATA, FREE, LOCAL, at_least, not_empty
+from engine.run import RESULT, open_run, writing
 from engine.trainer import Task, Trainer, TrainerConfig
 from model import Classifier, ModelConfig
 
@@ -200,15 +200,11 @@ def report(config: Config, task: Classification, model: Classifier, compute: Com
     result = {"step": best["step"], "val_accuracy": best["best"]["value"],
               "test_accuracy": accuracy, "test_loss": loss, "test_samples": samples,
               "baselines": guesses}
-    try:
+    with writing(folder):
         if same:
             (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
         if config.show:
             show(config, task, model, compute)
-    except BrokenPipeError:  # `| head` has seen enough
-        raise
-    except OSError as e:
-        raise UserError(f"cannot write to {folder}: {e.strerror or e}") from None
 
 
 def show(config: Config, task: Classification, model: Classifier, compute: Compute):
@@ -234,7 +230,6 @@ def show(config: Config, task: Classification, model: Classifier, compute: Compu
 
 def save_image(grey: np.ndarray, path: Path):
     """A square image, (pixels,) of grey levels, as a PNG large enough to look at."""
-    options.need("PIL", "--show saves images with")
     from PIL import Image
 
     side = round(len(grey) ** 0.5)
@@ -249,6 +244,8 @@ def preset_of_task(argv: list[str]) -> list[str]:
 def main():
     run = open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
     config = run.config
+    if config.show and config.task in IMAGES:
+        options.need("PIL", "--show saves images with")
     with run.compute() as compute, expecting(identity, run.saved):
         task, model = open(config, compute)
         if compute.main:

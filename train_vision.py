@@ -4,9 +4,9 @@
     python train_vision.py segment --precond=True          # instance masks, preconditioned
     python train_vision.py detect --eval_only --show=8     # draw the best checkpoint's predictions
     python train_vision.py classify --out_dir=out-cifar10 --source=cifar-10-python.tar.gz \\
-        --image_size=32 --patch_size=4
+        --image_size=32 --patch_size=4 --eval_iters=625
     python train_vision.py detect --out_dir=out-coco --source=coco --image_size=256 \\
-        --patch_size=16 --queries=100
+        --patch_size=16 --queries=100 --eval_iters=313
 
 The models are small ViT, YOLOS and EoMT (vision/models.py). Without --source the images are
 generated (data/shapes.py). A source is CIFAR-10's archive (classify), or a folder in COCO's format
@@ -33,7 +33,7 @@ from data.order import spread
 from engine import checkpoint, options
 from engine.device import Compute
 from engine.options import DATA, FREE, LOCAL, DataError, at_least, not_empty
-from engine.run import open_run
+from engine.run import open_run, writing
 from engine.trainer import Task, Trainer, TrainerConfig
 from vision.drawing import show
 from vision.models import TASKS, Vision, VisionConfig, detections
@@ -142,11 +142,13 @@ def open(config: Config, compute: Compute) -> tuple[VisionTask, Vision]:
 def main():
     run = open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
     config = run.config
+    if config.show:
+        options.need("PIL", "--show saves images with")
     with run.compute() as compute, expecting(identity, run.saved):
         task, model = open(config, compute)
         if compute.main:
-            print(f"data: {config.source or 'generated shapes'}, {len(task.data.val):,} "
-                  f"validation images, {len(task.data.classes)} classes\n"
+            print(f"data: {config.source or 'generated shapes'}, {len(task.data.classes)} classes, "
+                  f"{len(task.evaluated):,} of {len(task.data.val):,} validation images evaluated\n"
                   f"model: {type(model.network).__name__}, {model.n_parameters():,} parameters, "
                   f"{config.describe_precond()}\n"
                   f"compute: {compute.describe()}", flush=True)
@@ -169,7 +171,8 @@ next: python train_vision.py --eval_only --show=8 --out_dir={out}   # draw predi
                 model = whole.to(compute.device)
             best = checkpoint.read(checkpoint.choose(run.folder, best=True))
             checkpoint.restore_model(model, task, best, run.folder)
-            show(task, model.eval(), compute, config.show, run.folder)
+            with writing(run.folder):
+                show(task, model.eval(), compute, config.show, run.folder)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import stat
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -30,7 +31,10 @@ def ensure(folder: Path, fill: Callable[[Path], dict], what: str = "data"):
         work.parent.mkdir(parents=True, exist_ok=True)
         # "a" does not empty what a link points to; "+" does not wait where it is a pipe.
         with open(work.with_name(work.name + ".lock"), "a+b") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when its holder dies
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when its holder dies
+            except OSError:  # a file system without locks: nobody waits, the first to end wins
+                work = work.with_name(f"{work.name}.{socket.gethostname()}.{os.getpid()}")
             if not folder.exists():  # another process may have made it while this one waited
                 _make(folder, work, fill)
     except OSError as error:
@@ -77,7 +81,8 @@ def expecting(identity: Callable[[dict], dict], saved: dict | None):
     identity(meta) is the part of meta.json that a checkpoint has as saved["task"].
     """
     def rule(meta):
-        if saved and meta and identity(meta) != saved["task"]:
+        # Checkpoints of earlier versions may know more: where the data was read from.
+        if saved and meta and not identity(meta).items() <= saved["task"].items():
             raise DataError("the data is not what the run was trained on: restore it, or start "
                             "anew in another --out_dir")
 

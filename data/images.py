@@ -73,7 +73,7 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
 
 def identity(meta: dict) -> dict:
     """What identifies prepared data: of its meta.json, what a checkpoint keeps."""
-    names = ("task", "source", "size", "counts", "classes", "sha256")
+    names = ("task", "size", "counts", "classes", "sha256")  # not where it was read from
     return {name: meta[name] for name in names}
 
 

@@ -97,8 +97,12 @@ def check(state):
     # A size that the weights cannot have would be built before it is compared with them.
     weights = state.get("model", {}).values()
     numbers = sum(w.numel() for w in weights if isinstance(w, torch.Tensor))
-    for key in ("n_layer", "n_embd", "n_inner", "block_size", "vocab_size"):
-        size = {**state.get("config", {}), **state.get("task", {})}.get(key, 0)
+    sizes = {**state.get("config", {}), **state.get("task", {})}
+    names = ["n_layer", "n_embd", "n_inner", "vocab_size"]
+    if not sizes.get("rotary"):  # which has no weight for a position
+        names.append("block_size")
+    for key in names:
+        size = sizes.get(key, 0)
         if "model" in state and not (isinstance(size, int) and size <= numbers):
             raise ValueError(f"its {key} is {size}, its weights are {numbers} numbers")
 
@@ -128,7 +132,7 @@ def first_line(e: Exception) -> str:
 
 def restore_model(model: torch.nn.Module, task, saved: dict, folder: Path):
     """Load a checkpoint's weights. Raises UserError where the data or the model is another."""
-    if saved["task"] != task.state():
+    if not task.state().items() <= saved["task"].items():  # earlier versions kept more
         raise UserError(f"the data is not what the run in {folder} was trained on: restore it, or "
                         "start anew in another --out_dir")
     load_weights(model, saved["model"], f"the checkpoint in {folder}")

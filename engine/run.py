@@ -251,6 +251,17 @@ def check_writable(folder: Path):
         Lock(folder / LOCK, str(folder)).release()
 
 
+@contextlib.contextmanager
+def writing(folder: Path):
+    """A context for what is written into a run's folder: an OSError becomes a UserError."""
+    try:
+        yield
+    except BrokenPipeError:  # of the output: `| head` has seen enough
+        raise
+    except OSError as e:
+        raise UserError(f"cannot write to {folder}: {e.strerror or e}") from None
+
+
 def open_folder(config, step: int) -> MetricsLog:
     """Make the folder ready for training from `step` on; -1 for a new run, which replaces another.
 
@@ -261,7 +272,7 @@ def open_folder(config, step: int) -> MetricsLog:
     if config.wandb_log:
         wandb = {"project": config.wandb_project, "name": config.wandb_run_name or None,
                  "config": asdict(config)}
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = Lock(folder / LOCK, str(folder))
         if step < config.max_iters:
@@ -272,8 +283,6 @@ def open_folder(config, step: int) -> MetricsLog:
         for name in stale:
             (folder / name).unlink(missing_ok=True)
         return log
-    except OSError as e:
-        raise UserError(f"cannot write to {folder}: {e.strerror}") from None
 
 
 def save_state(trainer):

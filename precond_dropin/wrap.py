@@ -5,6 +5,7 @@ attention itself was computed. What a model adds to a head's output before the p
 in MViTv2, a relative term in CoaT, a convolution in Nystromformer) is part of A then.
 """
 import re
+import threading
 from contextlib import AbstractContextManager
 
 import torch
@@ -123,13 +124,13 @@ def attach(handle: Wrapped, name: str, modules: dict, owner: str, options: tuple
     channels_last = not isinstance(layer, nn.Conv1d | nn.Conv2d)
     # NesT writes the features of a head apart, (D, n_head), not (n_head, D).
     apart = type(modules[owner]).__module__ == "timm.models.nest"
-    started = []  # how many calls were preconditioned when the attention began
+    began = threading.local()  # .calls: how many were preconditioned when the attention began
 
     def start(*_):
         if name in handle.unused:
             handle.unused[name] = True
         if not torch.compiler.is_compiling():  # a count would be a reason to compile again
-            started[:] = [calls_done()]
+            began.calls = calls_done()
 
     def precondition_heads(_, args):
         handle.unused.pop(name, None)
@@ -138,15 +139,16 @@ def attach(handle: Wrapped, name: str, modules: dict, owner: str, options: tuple
             x = x.movedim(1, -1)
         if x.size(-1) % n_head:
             raise ValueError(f"{name} gets {x.size(-1)} inputs, which {n_head} heads do not divide")
-        if not torch.compiler.is_compiling() and started and calls_done() != started[0]:
+        counts = not torch.compiler.is_compiling()
+        if counts and getattr(began, "calls", None) not in (None, calls_done()):
             raise RuntimeError(f"the attention of {name} is preconditioned already, in another "
                                "way: use one of them")
         a = x.unflatten(-1, (-1, n_head)).mT if apart else x.unflatten(-1, (n_head, -1))
         ca = scale_rows(a, *options)  # (..., T, n_head, D)
         before = heads_first(a)
         note(before, before if ca is a else heads_first(ca))
-        if not torch.compiler.is_compiling():
-            started.clear()
+        if counts:
+            began.calls = None
         if ca is a:
             return None
         out = (ca.mT if apart else ca).flatten(-2)

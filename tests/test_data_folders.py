@@ -1,4 +1,6 @@
 """data/folders.py: prepared folders and their files in a house where others may write too."""
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -48,6 +50,23 @@ def test_a_lock_that_is_a_link_leaves_alone_what_it_points_to(tmp_path):
     (tmp_path / ".tmp" / "a.lock").symlink_to(other)
     ensure(tmp_path / "a", lambda work: {"made": 1})
     assert other.read_text() == "precious" and read_meta(tmp_path / "a") == {"made": 1}
+
+
+def test_without_locks_each_process_works_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    works = []
+
+    def fill(work):
+        works.append(work)
+        (work / "a.txt").write_text("a")
+        return {"made": 1}
+
+    ensure(tmp_path / "a", fill)
+    assert (tmp_path / "a" / "a.txt").read_text() == "a" and read_meta(tmp_path / "a")["made"] == 1
+    assert works[0].name.endswith(str(os.getpid())) and not works[0].exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{", b"[" * 200_000])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from data import text
 from data.text import Source, Tokens, load_tokenizer, prepare, read_meta
 from engine.options import DataError
@@ -154,13 +155,17 @@ def test_streamed_corpus_without_one_holds_documents_out(tmp_path, corpus, gpt2)
     assert everything(folder, "train") == joined(gpt2, train)
 
 
-def test_max_tokens_prepares_a_part_and_is_remembered(tmp_path, corpus, gpt2, monkeypatch):
+def test_max_tokens_prepares_a_part_and_is_remembered(tmp_path, corpus, gpt2, monkeypatch, call):
     monkeypatch.setattr(text, "islice", lambda stream, n: itertools.islice(stream, 10))
     folder = prepare("openwebtext", tmp_path, max_tokens=200)
     part = everything(folder, "train")
     assert part == joined(gpt2, corpus["train"][1:])[:len(part)] and part[-1] == 50256
     assert 200 <= len(part) < 400 and read_meta(folder)["max_tokens"] == 200
     assert prepare("openwebtext", tmp_path) == folder
+    tiny = "--n_layer=1 --n_head=1 --n_embd=2 --block_size=4 --max_iters=1 --eval_iters=1".split()
+    code, out, err = call(train, "--dataset=openwebtext", f"--data_dir={tmp_path}", *tiny,
+                          f"--out_dir={tmp_path / 'out'}", "--device=cpu")
+    assert code == 0 and "validation tokens (a part: max_tokens=200)" in out, err
     with pytest.raises(DataError, match="prepared with max_tokens=200, not 300: remove the folder"):
         prepare("openwebtext", tmp_path, max_tokens=300)
     with pytest.raises(DataError, match="always prepared whole"):
@@ -170,12 +175,12 @@ def test_max_tokens_prepares_a_part_and_is_remembered(tmp_path, corpus, gpt2, mo
 def test_streamed_corpus_takes_gpt2_only_and_says_when_it_cannot_be_read(tmp_path, corpus,
                                                                          monkeypatch):
     with pytest.raises(DataError, match="tokenised with gpt2, not char: give --tokenizer=gpt2"):
-        prepare("fineweb", tmp_path, "char")
-    monkeypatch.setitem(text.SOURCES, "fineweb", Source(str(tmp_path / "nowhere")))
+        prepare("fineweb-edu", tmp_path, "char")
+    monkeypatch.setitem(text.SOURCES, "fineweb-edu", Source(str(tmp_path / "nowhere")))
     words = "cannot be read from the Hugging Face hub.*--dataset=path/to/text.txt"
     with pytest.raises(DataError, match=words):
-        prepare("fineweb", tmp_path)
+        prepare("fineweb-edu", tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     words = "needs the package datasets: pip install -r requirements-extra.txt"
     with pytest.raises(DataError, match=words):
-        prepare("fineweb", tmp_path)
+        prepare("fineweb-edu", tmp_path)

@@ -119,6 +119,14 @@ def test_what_a_run_is_cannot_change_on_resume(begin, again, folder, tmp_path):
     assert "cannot change on resume" in error(again("--eval_only", preset))
 
 
+def test_a_context_longer_than_a_small_model_is_resumed(begin, again, folder):
+    begin("--max_iters=1", "--rotary=True", "--n_layer=1", "--n_head=1", "--n_embd=2",
+          "--block_size=600", "--eval_iters=1", "--batch_size=1")
+    weights = checkpoint.read(folder / "ckpt.pt")["model"].values()
+    assert sum(w.numel() for w in weights) < 600
+    assert again("--init_from=resume", "--max_iters=2")[0] == 0
+
+
 def test_smaller_batches_are_evaluated_on_the_same_tokens(begin, again, folder):
     begin("--max_iters=2")
     assert again("--init_from=resume", "--max_iters=3", "--batch_size=2", "--learning_rate=0",

@@ -2,8 +2,10 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ EXTRA = "pip install -r requirements-extra.txt"
 for package in ("transformers", "scipy", "pycocotools", "PIL"):
     pytest.importorskip(package, reason=EXTRA)
 
+import coco_folder  # noqa: E402
 import precond  # noqa: E402
 import train_vision  # noqa: E402
 from conftest import error, read_metrics, torchrun  # noqa: E402
@@ -310,6 +313,38 @@ def test_missing_packages(package, tmp_path, call, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     message = error(call(train_vision, "detect", *TINY, f"--out_dir={tmp_path / 'out'}"))
     assert f"vision models need {package}: pip install -r requirements-extra.txt" in message
+
+
+def test_a_folder_that_was_moved_with_its_source_is_resumed(tmp_path, call, monkeypatch):
+    from PIL import Image
+    coco_folder.make(tmp_path / "before" / "coco")
+    monkeypatch.chdir(tmp_path / "before")
+    code, said, err = call(train_vision, "detect", *TINY, "--source=coco", "--out_dir=out",
+                           "--max_iters=1", "--batch_size=2", "--eval_iters=1")
+    assert code == 0 and "2 of 7 validation images evaluated" in said, err
+    # As checkpoints were before: they knew the folder.
+    saved = checkpoint.read(Path("out/ckpt.pt"))
+    saved["task"]["source"] = str(Path("coco").resolve())
+    checkpoint.save(Path("out/ckpt.pt"), saved)
+    monkeypatch.chdir((tmp_path / "before").rename(tmp_path / "after"))
+    again = "--init_from=resume", "--out_dir=out"
+    code, said, err = call(train_vision, *again, "--max_iters=2")
+    assert code == 0 and "step 2" in said, err
+    Image.new("RGB", (80, 48), "red").save("coco/train2017/0.png")
+    shutil.rmtree("data")
+    message = error(call(train_vision, *again, "--max_iters=3"))
+    assert "the data is not what the run was trained on" in message
+
+
+def test_predictions_that_cannot_be_drawn_are_one_line(tmp_path, call, monkeypatch):
+    assert call(train_vision, "classify", *TINY, "--max_iters=1", f"--out_dir={tmp_path}")[0] == 0
+    draw = ["--eval_only", "--show=1", f"--out_dir={tmp_path}"]
+    (tmp_path / "val_0.png").mkdir()
+    assert f"cannot write to {tmp_path}: Is a directory" in error(call(train_vision, *draw))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    code, out, err = call(train_vision, *draw)
+    assert code == 2 and "val_loss" not in out  # before it evaluates
+    assert "--show saves images with pillow: pip install -r requirements-extra.txt" in err
 
 
 def test_other_data_on_resume_is_refused(tmp_path, call):

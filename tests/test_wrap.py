@@ -1,4 +1,6 @@
 """wrap and check: C before the output projections of small random models, and what is refused."""
+import threading
+
 import pytest
 import torch
 import torch.nn as nn
@@ -215,3 +217,26 @@ def test_channels_as_rows_are_a_warning(recwarn):
     assert not recwarn and calls[0][1].shape == (2, HEADS, 6, 8)
     norm = calls[0][1].norm(dim=-1)
     torch.testing.assert_close(norm, torch.ones_like(norm))
+
+
+def test_two_threads_may_run_one_model():
+    """The second enters the attention while the first is in it, and waits there for its end."""
+    net = model({})
+    first_is_in, second_is_in = threading.Event(), threading.Event()
+    outputs = []
+    first = threading.Thread(target=lambda: outputs.append(net(X)))
+
+    def wait(*_):
+        if threading.current_thread() is first:
+            first_is_in.set()
+            assert second_is_in.wait(60)
+        elif first.is_alive():
+            second_is_in.set()
+            first.join()
+
+    with precond.wrap(net):
+        expected = net(X)
+        net.blocks[0].qkv.register_forward_hook(wait)
+        first.start()
+        assert first_is_in.wait(60)
+        assert torch.equal(net(X), expected) and torch.equal(outputs[0], expected)
