@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import zipfile
 from types import SimpleNamespace
 
@@ -162,16 +161,14 @@ def test_sizes_that_the_weights_cannot_have(option, value, folder, call):
     assert option in error(resume(call, folder))
 
 
-@pytest.mark.slow
-def test_a_compressed_checkpoint_is_not_inflated(tmp_path):
+def test_a_compressed_checkpoint_is_not_inflated(tmp_path, monkeypatch):
     path = tmp_path / "ckpt.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(2**28))
-    assert path.stat().st_size < 2**20
-    start = time.process_time()
+        archive.writestr("archive/data.pkl", bytes(2**20))
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda *_: pytest.fail("reads what is packed"))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("loads what is packed"))
     with pytest.raises(UserError, match="it is compressed"):
         checkpoint.read(path)
-    assert time.process_time() - start < 0.5
 
 
 def test_a_checkpoint_does_not_decide_what_is_sent_elsewhere(folder, call, monkeypatch):
