@@ -76,6 +76,7 @@ class Config(TrainerConfig, ModelConfig):
     n_head: int = 2
     n_embd: int = 64
     n_inner: int = 128
+    embedding_std: float = 1.0
     bias: bool = True
     landmarks: int = 16
 
