@@ -50,8 +50,8 @@ class ModelConfig(PrecondConfig):
     dropout: Annotated[float, "dropout probability", in_range(0, 1)] = 0.0
     init: Annotated[Literal["gpt2", "zero"], "gpt2: N(0, 0.02^2); zero: linear layers "
                     "N(0, 1 / inputs), projections into the residual stream 0", FIXED] = "gpt2"
-    embedding_std: Annotated[float, "standard deviation of the embeddings at first", FIXED,
-                             at_least(0)] = 0.02
+    embedding_std: Annotated[float, "standard deviation of the embeddings at first; 0: 0.02 in a "
+                                    "language model, 1 in a classifier", FIXED, at_least(0)] = 0.0
     bias: Annotated[bool, "biases in linear layers and layer norms", FIXED] = False
     rotary: Annotated[bool, "rotary positions in place of learned ones", FIXED, even_heads] = False
     qk_norm: Annotated[bool, "scale each head's queries and keys to mean square 1", FIXED] = False
@@ -166,11 +166,15 @@ class Transformer(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
     def init_weights(self, std: float | None = None):
-        """Embeddings as config says; linear layers N(0, std^2), without std N(0, 1 / inputs)."""
+        """Weights N(0, std^2); without std, embeddings N(0, 1) and linear N(0, 1 / inputs).
+
+        config.embedding_std goes before either.
+        """
         zero = self.config.init == "zero"
+        embedding_std = self.config.embedding_std or std or 1.0
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.embedding_std)
+                nn.init.normal_(module.weight, std=embedding_std)
             if isinstance(module, nn.Linear):
                 # As GPT-2: 2 n_layer of these projections add up in the residual stream. Zero:
                 # each block begins as the identity, and the gradient decides what it adds.

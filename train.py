@@ -31,7 +31,7 @@ from model import GPT, ModelConfig
 
 @dataclass
 class Config(TrainerConfig, ModelConfig):
-    dataset: Annotated[str, "shakespeare, tinyshakespeare, tinystories, openwebtext, fineweb-edu, "
+    dataset: Annotated[str, "shakespeare, tinyshakespeare, tinystories, openwebtext, fineweb, "
                             "or path/to/text.txt", DATA, not_empty] = "shakespeare"
     tokenizer: Annotated[Literal["auto", "char", "gpt2", "bytes"],
                          "auto: gpt2 for the three large datasets, else char", DATA] = "auto"

@@ -76,7 +76,6 @@ class Config(TrainerConfig, ModelConfig):
     n_head: int = 2
     n_embd: int = 64
     n_inner: int = 128
-    embedding_std: float = 1.0
     bias: bool = True
     landmarks: int = 16
 
@@ -201,11 +200,11 @@ def report(config: Config, task: Classification, model: Classifier, compute: Com
     result = {"step": best["step"], "val_accuracy": best["best"]["value"],
               "test_accuracy": accuracy, "test_loss": loss, "test_samples": samples,
               "baselines": guesses}
-    with writing(folder):
-        if same:
+    if same:
+        with writing(folder):
             (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n")
-        if config.show:
-            show(config, task, model, compute)
+    if config.show:
+        show(config, task, model, compute)
 
 
 def show(config: Config, task: Classification, model: Classifier, compute: Compute):
@@ -235,7 +234,8 @@ def save_image(grey: np.ndarray, path: Path):
 
     side = round(len(grey) ** 0.5)
     picture = Image.fromarray(grey.reshape(side, side).astype(np.uint8))
-    picture.resize((512, 512), Image.Resampling.NEAREST).save(path)
+    with writing(path.parent):
+        picture.resize((512, 512), Image.Resampling.NEAREST).save(path)
 
 
 def preset_of_task(argv: list[str]) -> list[str]:
@@ -245,9 +245,9 @@ def preset_of_task(argv: list[str]) -> list[str]:
 def main():
     run = open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
     config = run.config
-    if config.show and config.task in IMAGES:
-        options.need("PIL", "--show saves images with")
     with run.compute() as compute, expecting(identity, run.saved):
+        if config.show and config.task in IMAGES:
+            compute.on_main(lambda: options.need("PIL", "--show saves images with"))
         task, model = open(config, compute)
         if compute.main:
             meta = task.meta

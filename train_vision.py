@@ -33,7 +33,7 @@ from data.order import spread
 from engine import checkpoint, options
 from engine.device import Compute
 from engine.options import DATA, FREE, LOCAL, DataError, at_least, not_empty
-from engine.run import open_run, writing
+from engine.run import open_run
 from engine.trainer import Task, Trainer, TrainerConfig
 from vision.drawing import show
 from vision.models import TASKS, Vision, VisionConfig, detections
@@ -142,9 +142,9 @@ def open(config: Config, compute: Compute) -> tuple[VisionTask, Vision]:
 def main():
     run = open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
     config = run.config
-    if config.show:
-        options.need("PIL", "--show saves images with")
     with run.compute() as compute, expecting(identity, run.saved):
+        if config.show:
+            compute.on_main(lambda: options.need("PIL", "--show saves images with"))
         task, model = open(config, compute)
         if compute.main:
             print(f"data: {config.source or 'generated shapes'}, {len(task.data.classes)} classes, "
@@ -171,8 +171,7 @@ next: python train_vision.py --eval_only --show=8 --out_dir={out}   # draw predi
                 model = whole.to(compute.device)
             best = checkpoint.read(checkpoint.choose(run.folder, best=True))
             checkpoint.restore_model(model, task, best, run.folder)
-            with writing(run.folder):
-                show(task, model.eval(), compute, config.show, run.folder)
+            show(task, model.eval(), compute, config.show, run.folder)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ def ensure(folder: Path, fill: Callable[[Path], dict], what: str = "data"):
 
     fill(work) writes the files into an empty folder and returns what goes into meta.json. The work
     is done in .tmp beside `folder` and renamed when complete. A second process waits for the first;
-    what a killed one left is removed by the next.
+    what a killed one left is removed by the next. On a file system without locks each does its own
+    work, the first to end is kept, and what a killed one left stays.
     """
     if folder.exists():
         return
@@ -33,7 +34,7 @@ def ensure(folder: Path, fill: Callable[[Path], dict], what: str = "data"):
         with open(work.with_name(work.name + ".lock"), "a+b") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it when its holder dies
-            except OSError:  # a file system without locks: nobody waits, the first to end wins
+            except OSError:  # a file system without locks
                 work = work.with_name(f"{work.name}.{socket.gethostname()}.{os.getpid()}")
             if not folder.exists():  # another process may have made it while this one waited
                 _make(folder, work, fill)
@@ -49,7 +50,11 @@ def _make(folder: Path, work: Path, fill: Callable[[Path], dict]):
         for rule in _rules:
             rule(meta)
         (work / "meta.json").write_text(json.dumps(meta, indent=1))
-        work.rename(folder)
+        try:
+            work.rename(folder)
+        except OSError:
+            if not folder.exists():  # without locks another may have made it meanwhile
+                raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -81,8 +86,7 @@ def expecting(identity: Callable[[dict], dict], saved: dict | None):
     identity(meta) is the part of meta.json that a checkpoint has as saved["task"].
     """
     def rule(meta):
-        # Checkpoints of earlier versions may know more: where the data was read from.
-        if saved and meta and not identity(meta).items() <= saved["task"].items():
+        if saved and meta and identity(meta) != saved["task"]:
             raise DataError("the data is not what the run was trained on: restore it, or start "
                             "anew in another --out_dir")
 

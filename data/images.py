@@ -56,7 +56,7 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
         val = Shapes(task, size, n_val, seed=0)
         train = Shapes(task, size, None, seed + 1)
         truth = None if task == "classify" else val.truth()
-        state = {"task": task, "source": "shapes", "size": size, "n_val": n_val, "classes": classes}
+        state = {"task": task, "size": size, "n_val": n_val, "classes": classes}
         return Data(train, val, classes, truth, state)
     folder = prepare(task, Path(source), Path(data_dir), size)
     meta = read_meta(folder)

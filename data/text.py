@@ -3,7 +3,7 @@
     python data/text.py --help
     python data/text.py shakespeare                    # 42 works, 5 MB: train.py's default
     python data/text.py path/to/text.txt --tokenizer=gpt2
-    python data/text.py tinystories                    # also openwebtext, fineweb-edu:
+    python data/text.py tinystories                    # also openwebtext, fineweb:
                                                        # pip install -r requirements-extra.txt
 
 A text is one sequence: its first 90% of characters are for training, the rest for validation, as in
@@ -79,7 +79,7 @@ class Source:
 SOURCES = {
     "tinystories": Source("roneneldan/TinyStories", validation="validation"),
     "openwebtext": Source("Skylion007/openwebtext"),
-    "fineweb-edu": Source("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+    "fineweb": Source("HuggingFaceFW/fineweb-edu", "sample-10BT"),
 }
 
 

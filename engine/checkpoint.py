@@ -58,6 +58,8 @@ def read(path: Path) -> dict:
                     raise ValueError("a checksum differs")
         state = torch.load(path, map_location="cpu", weights_only=True)
         check(state)
+        # Of earlier versions of train_vision.py: where its images were read from.
+        state.get("task", {}).pop("source", None)
         return state
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train first, or name the run's folder with "
@@ -99,7 +101,7 @@ def check(state):
     numbers = sum(w.numel() for w in weights if isinstance(w, torch.Tensor))
     sizes = {**state.get("config", {}), **state.get("task", {})}
     names = ["n_layer", "n_embd", "n_inner", "vocab_size"]
-    if not sizes.get("rotary"):  # which has no weight for a position
+    if not state.get("config", {}).get("rotary"):  # which has no weight for a position
         names.append("block_size")
     for key in names:
         size = sizes.get(key, 0)
@@ -132,7 +134,7 @@ def first_line(e: Exception) -> str:
 
 def restore_model(model: torch.nn.Module, task, saved: dict, folder: Path):
     """Load a checkpoint's weights. Raises UserError where the data or the model is another."""
-    if not task.state().items() <= saved["task"].items():  # earlier versions kept more
+    if saved["task"] != task.state():
         raise UserError(f"the data is not what the run in {folder} was trained on: restore it, or "
                         "start anew in another --out_dir")
     load_weights(model, saved["model"], f"the checkpoint in {folder}")

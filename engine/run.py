@@ -238,10 +238,7 @@ def check_world(config, world: int):
 
 
 def check_writable(folder: Path):
-    """Raises UserError where `folder` cannot be made or written to.
-
-    Before data is prepared, which can take hours.
-    """
+    """Raises UserError where `folder` cannot be written to, before data takes hours to prepare."""
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir():
         raise UserError(f"cannot write to {folder}: {parent} is a file")
@@ -256,8 +253,6 @@ def writing(folder: Path):
     """A context for what is written into a run's folder: an OSError becomes a UserError."""
     try:
         yield
-    except BrokenPipeError:  # of the output: `| head` has seen enough
-        raise
     except OSError as e:
         raise UserError(f"cannot write to {folder}: {e.strerror or e}") from None
 

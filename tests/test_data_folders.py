@@ -61,12 +61,15 @@ def test_without_locks_each_process_works_in_a_folder_of_its_own(tmp_path, monke
 
     def fill(work):
         works.append(work)
-        (work / "a.txt").write_text("a")
-        return {"made": 1}
+        number = len(works)
+        if number == 1:  # while this one works, another process makes the folder
+            ensure(tmp_path / "a", fill)
+        return {"made": number}
 
+    monkeypatch.setattr(os, "getpid", lambda: len(works))
     ensure(tmp_path / "a", fill)
-    assert (tmp_path / "a" / "a.txt").read_text() == "a" and read_meta(tmp_path / "a")["made"] == 1
-    assert works[0].name.endswith(str(os.getpid())) and not works[0].exists()
+    assert read_meta(tmp_path / "a") == {"made": 2} and len(works) == 2
+    assert works[0] != works[1] and not works[0].exists() and not works[1].exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{", b"[" * 200_000])

@@ -175,12 +175,12 @@ def test_max_tokens_prepares_a_part_and_is_remembered(tmp_path, corpus, gpt2, mo
 def test_streamed_corpus_takes_gpt2_only_and_says_when_it_cannot_be_read(tmp_path, corpus,
                                                                          monkeypatch):
     with pytest.raises(DataError, match="tokenised with gpt2, not char: give --tokenizer=gpt2"):
-        prepare("fineweb-edu", tmp_path, "char")
-    monkeypatch.setitem(text.SOURCES, "fineweb-edu", Source(str(tmp_path / "nowhere")))
+        prepare("fineweb", tmp_path, "char")
+    monkeypatch.setitem(text.SOURCES, "fineweb", Source(str(tmp_path / "nowhere")))
     words = "cannot be read from the Hugging Face hub.*--dataset=path/to/text.txt"
     with pytest.raises(DataError, match=words):
-        prepare("fineweb-edu", tmp_path)
+        prepare("fineweb", tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)
     words = "needs the package datasets: pip install -r requirements-extra.txt"
     with pytest.raises(DataError, match=words):
-        prepare("fineweb-edu", tmp_path)
+        prepare("fineweb", tmp_path)

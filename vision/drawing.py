@@ -12,6 +12,7 @@ import torch
 
 from data import coco
 from engine.device import Compute
+from engine.run import writing
 from vision.models import corners, detections
 
 # Okabe and Ito's colours, which are told apart by most people who are colour-blind.
@@ -57,7 +58,8 @@ def show(task, model, compute: Compute, count: int, folder: Path):
         for left, (title, panel) in zip(itertools.count(0, step), panels.items()):
             sheet.paste(panel, (left, TITLE))
             pen.text((left + 4, 4), title, fill="black", font_size=FONT)
-        sheet.save(path)
+        with writing(folder):
+            sheet.save(path)
         print(f"{path}: {'; '.join(panels)}")
 
 
