@@ -250,7 +250,7 @@ def check_writable(folder: Path):
 
 @contextlib.contextmanager
 def writing(folder: Path):
-    """A context for what is written into a run's folder: an OSError becomes a UserError."""
+    """A context for what is written into `folder`: an OSError becomes a UserError."""
     try:
         yield
     except OSError as e:

@@ -7,6 +7,7 @@ import numpy as np
 
 from engine.metrics import METRICS, Metric
 from engine.options import DATA, DataError, UserError, marked, need
+from engine.run import writing
 from study import stats
 from study.canvas import COLOURS, DARK, INFINITE, LETTER, STYLE, canvas, focus, key, line, rows_of
 from study.comparisons import conditioning, forest, read_comparison
@@ -76,7 +77,7 @@ def rc_context() -> Callable:
 def write(figures: dict, out: Path, identifier: str) -> list[Path]:
     """Each as PNG and SVG. Raises UserError where `out` cannot be written to."""
     written = []
-    try:
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             svg = {"Date": None, "Identifier": identifier}
@@ -84,8 +85,6 @@ def write(figures: dict, out: Path, identifier: str) -> list[Path]:
                 path = out / f"{name}.{kind}"
                 figure.savefig(path, metadata=metadata)
                 written.append(path)
-    except OSError as e:
-        raise UserError(f"cannot write to {out}: {e.strerror or e}") from None
     return written
 
 
