@@ -48,7 +48,8 @@ class ModelConfig(PrecondConfig):
     n_embd: Annotated[int, "width of the model", FIXED, at_least(1)] = 128
     n_inner: Annotated[int, "width of the feed-forward layer; 0: 4 n_embd", FIXED, at_least(0)] = 0
     dropout: Annotated[float, "dropout probability", in_range(0, 1)] = 0.0
-    init: Annotated[Literal["gpt2", "zero"], "gpt2: N(0, 0.02^2); zero: linear layers "
+    init: Annotated[Literal["gpt2", "zero"],
+                    "gpt2: linear layers N(0, 0.02^2), a classifier's N(0, 1 / inputs); zero: "
                     "N(0, 1 / inputs), projections into the residual stream 0", FIXED] = "gpt2"
     embedding_std: Annotated[float, "standard deviation of the embeddings at first; 0: 0.02 in a "
                                     "language model, 1 in a classifier", FIXED, at_least(0)] = 0.0
