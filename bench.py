@@ -76,6 +76,7 @@ SIZES = {
 ARMS = {"baseline": {}, "precond": {"precond": True},
         "precond_grad": {"precond": True, "precond_grad": True}, "explicit": {"explicit": True},
         "muon": {"optimizer": "muon"},
+        "muon_interval_3": {"optimizer": "muon", "matrix_interval": 3},
         "nystrom": {"attention": "nystrom"},
         "nystrom_precond": {"attention": "nystrom", "precond": True}}
 

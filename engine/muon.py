@@ -33,9 +33,9 @@ def muon(model: nn.Module, config) -> torch.optim.Optimizer:
     groups = [{"params": matrices, "lr": config.matrix_learning_rate},
               {"params": [p for p in rest if p.dim() >= 2]},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    return Muon(groups, parts, momentum=config.momentum, lr=config.learning_rate,
-                weight_decay=config.weight_decay, betas=(config.beta1, config.beta2),
-                eps=config.adam_eps, fused=config.fused)
+    return Muon(groups, parts, momentum=config.momentum, interval=config.matrix_interval,
+                lr=config.learning_rate, weight_decay=config.weight_decay,
+                betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=config.fused)
 
 
 class Muon(torch.optim.Optimizer):
@@ -46,13 +46,18 @@ class Muon(torch.optim.Optimizer):
     (m, n) a parameter (parts m, n) consists: q, k and v of all heads lie in one, and those of each
     head have their own update, which costs less than half and trains as well (BENCHMARKS.md).
     torch.optim.Muon is not used: it goes matrix by matrix, in bfloat16 on every processor.
+
+    A mean over twenty gradients turns slowly, and orthogonalising is what a step costs. So a matrix
+    may move at every `interval`-th step only, then as far as in that many steps. Those of one shape
+    take turns: all at once, such large steps train worse (BENCHMARKS.md).
     """
 
     def __init__(self, groups: list[dict], parts: dict[nn.Parameter, int], *, momentum: float,
-                 lr: float, weight_decay: float, **adamw):
+                 interval: int, lr: float, weight_decay: float, **adamw):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         self.parts = parts
         self.momentum = momentum
+        self.interval = interval
         self.adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, **adamw)
         self.share()
 
@@ -76,6 +81,9 @@ class Muon(torch.optim.Optimizer):
         # Matrices of one shape go through one sequence of products. Several processes share them
         # and give each other the updates. A sharded model's are gathered before, cut afterwards.
         for ((rows, columns), parts), matrices in shapes.items():
+            matrices = [p for i, p in enumerate(matrices) if self.turn(p, i)]
+            if not matrices:
+                continue
             directions = [whole(self.direction(p)) for p in matrices]
             stack = torch.stack(directions)  # (n, rows, columns)
             stack = stack.view(-1, rows // parts, columns)  # (n parts, m, columns)
@@ -84,14 +92,20 @@ class Muon(torch.optim.Optimizer):
             updates = divided(orthogonalise, stack.to(fast))
             updates = updates.to(stack.dtype).view(-1, rows, columns)
             size = 0.2 * max(rows // parts, columns) ** 0.5
+            rate = self.interval * group["lr"]
             for p, update in zip(matrices, updates):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(like(update, p), alpha=-group["lr"] * size)
+                p.mul_(1 - rate * group["weight_decay"])
+                p.add_(like(update, p), alpha=-rate * size)
 
-    def direction(self, p: torch.Tensor) -> torch.Tensor:
-        """The gradient with Nesterov's momentum; a mean over past gradients is kept."""
+    def turn(self, p: nn.Parameter, i: int) -> bool:
+        """Take the gradient into the mean over past ones; does p, the i-th of its shape, move?"""
         state = self.state[p]
         if "mean" not in state:
             state["mean"] = torch.zeros_like(p)
-        mean = state["mean"].lerp_(p.grad, 1 - self.momentum)
-        return p.grad.lerp(mean, self.momentum)
+        state["mean"].lerp_(p.grad, 1 - self.momentum)
+        state["step"] = state.get("step", torch.tensor(0)) + 1
+        return int(state["step"] + i) % self.interval == 0
+
+    def direction(self, p: nn.Parameter) -> torch.Tensor:
+        """The gradient with Nesterov's momentum."""
+        return p.grad.lerp(self.state[p]["mean"], self.momentum)

@@ -69,8 +69,8 @@ def test_updates_are_those_of_torch(shape, monkeypatch):
     torch.manual_seed(0)
     start = torch.randn(shape)
     mine, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    a = Muon([{"params": [mine], "lr": 0.1}, {"params": []}], {mine: 1}, momentum=0.9, lr=1.0,
-             weight_decay=0.2)
+    a = Muon([{"params": [mine], "lr": 0.1}, {"params": []}], {mine: 1}, momentum=0.9, interval=1,
+             lr=1.0, weight_decay=0.2)
     b = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2, momentum=0.9,
                          adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
@@ -102,6 +102,32 @@ def test_queries_keys_and_values_of_each_head_are_matrices_of_their_own():
     torch.testing.assert_close(attention.qkv.weight, before - 0.5 * 0.2 * 4 * torch.cat(grads))
 
 
+def test_matrices_of_a_shape_take_turns_and_move_three_times_as_far():
+    """Each at every third step, from the mean of all gradients; vectors move at every step."""
+    model = GPT(ModelConfig(**TINY), 11)
+    optimizer = make_optimizer(model, OptimConfig(optimizer="muon", matrix_interval=3,
+                                                  momentum=0.75, matrix_learning_rate=0.5))
+    matrix, second = (block.attn.proj.weight for block in model.blocks)
+    vector = model.blocks[0].ln_1.weight
+    torch.manual_seed(0)
+    moves = {"matrix": [], "second": [], "vector": []}
+    mean = torch.zeros(16, 16)
+    for step in range(1, 7):
+        before = [p.detach().clone() for p in (matrix, second, vector)]
+        for p in (matrix, second, vector):
+            p.grad = torch.randn_like(p)
+        mean = 0.75 * mean + 0.25 * matrix.grad
+        optimizer.step()
+        for name, p, old in zip(moves, (matrix, second, vector), before):
+            if (p != old).any():
+                moves[name].append(step)
+        if step == 3:
+            moved = orthogonalise(0.25 * matrix.grad + 0.75 * mean)
+            expected = before[0] * (1 - 3 * 0.5 * 0.1) - 3 * 0.5 * 0.2 * 4 * moved
+            torch.testing.assert_close(matrix, expected)
+    assert moves == {"matrix": [3, 6], "second": [2, 5], "vector": [1, 2, 3, 4, 5, 6]}
+
+
 def vision(task):
     pytest.importorskip("transformers", reason="pip install -r requirements-extra.txt")
     from vision.models import Vision, VisionConfig
@@ -131,8 +157,9 @@ def test_each_parameter_is_in_exactly_one_group(build):
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_bit_for_bit(processes, corpus, tmp_path, call):
-    run = [*SMALL, *corpus, "--optimizer=muon", "--init=zero", "--eval_interval=4",
-           "--gradient_accumulation_steps=2", "--lr_decay_iters=8", "--dropout=0.1"]
+    run = [*SMALL, *corpus, "--optimizer=muon", "--matrix_interval=3", "--init=zero",
+           "--eval_interval=4", "--gradient_accumulation_steps=2", "--lr_decay_iters=8",
+           "--dropout=0.1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
 
     def go(*words):
