@@ -73,11 +73,13 @@ study() {  # name -> the words after compare.py
     listops_softmax | listops_nystrom | listops_linear)
         words=(train_lra.py listops --attention="${1#listops_}" --max_iters=2000 "${arms[@]}"
                --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5) ;;
-    # The whole preset: three quarters of an hour. The kept compare.json names options that the
+    # The whole preset: an hour and a half. The kept compare.json names options that the
     # preset had not yet.
     listops_full)
         words=(train_lra.py config/lra_listops.toml --attention=nystrom
-               --arm "off:" --arm "paper: precond=True" --seeds=1) ;;
+               --arm "off:" --arm "paper: precond=True"
+               --arm "paper-slow: precond=True learning_rate=1e-3"
+               --arm "paper-fast: precond=True learning_rate=4e-3" --seeds=1) ;;
     # At the literature's rate, for its steps. The kept compare.json is from when these were the
     # preset's, which its own command does not name.
     listops_full_slow)

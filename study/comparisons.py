@@ -69,16 +69,21 @@ def forest(studies: dict[str, dict]):
     return figure
 
 
+def has_correlation(study: dict) -> bool:
+    kappas = [kappa for points in study["points"].values() for kappa, _ in points]
+    return len(kappas) > 3 and len(set(kappas)) > 1
+
+
 def conditioning(studies: dict[str, dict]):
     """A panel for each comparison: the final metric of each run against its kappa. None: no panel.
 
     kappa is of the matrices that the trained model used, C A or A: the median over layers. A panel
-    says Spearman's rank correlation over all its runs; of three or fewer there is none.
+    says Spearman's rank correlation over all its runs; of three or fewer there is none, nor where
+    kappa is infinite for all.
     """
     from matplotlib.lines import Line2D
     from matplotlib.ticker import NullFormatter
-    studies = {name: study for name, study in studies.items()
-               if sum(map(len, study["points"].values())) > 3}
+    studies = {name: study for name, study in studies.items() if has_correlation(study)}
     if not studies:
         return None
     arms = dict.fromkeys(arm for study in studies.values() for arm in study["points"])

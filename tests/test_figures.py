@@ -267,7 +267,8 @@ def test_the_final_metric_against_kappa(tmp_path):
     old.write_text(json.dumps({"metric": "val_accuracy", "arms": arms}))
     old, new = read_comparison(old), read_comparison(accuracy)
     few = new | {"points": {"off": new["points"]["off"]}}  # two runs have no correlation
-    assert conditioning({"old": old, "few": few}) is None
+    infinite = new | {"points": {"off": 4 * [[float("inf"), 0.5]]}}
+    assert conditioning({"old": old, "few": few, "infinite": infinite}) is None
     assert len(conditioning({"old": old, "listops": new}).axes) == 1
     edge, = [line for line in ax.lines if line.get_gid() == "infinite"]
     assert list(edge.get_ydata()) == pytest.approx([10.0])  # percent
