@@ -41,8 +41,8 @@ class OptimConfig(Options):
     learning_rate: Annotated[float, "peak learning rate", at_least(0)] = 3e-3
     matrix_learning_rate: Annotated[float, "muon: peak learning rate of the blocks' matrices",
                                     at_least(0)] = 5e-3
-    matrix_interval: Annotated[int, "muon: the blocks' matrices move at every so many steps, as "
-                                    "far as in all of them", at_least(1)] = 1
+    matrix_interval: Annotated[int, "muon: each of the blocks' matrices moves once in so many "
+                                    "steps, as far as in all of them", at_least(1)] = 1
     momentum: Annotated[float, "muon: of its mean of gradients", in_range(0, 1)] = 0.95
     lr_schedule: Annotated[Literal["cosine", "linear", "constant"],
                            "decay after the warm-up"] = "cosine"
