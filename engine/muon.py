@@ -77,11 +77,13 @@ class Muon(torch.optim.Optimizer):
         shapes = {}
         for p in group["params"]:
             if p.grad is not None:
+                self.remember(p)
                 shapes.setdefault((p.shape, self.parts[p]), []).append(p)
         # Matrices of one shape go through one sequence of products. Several processes share them
         # and give each other the updates. A sharded model's are gathered before, cut afterwards.
         for ((rows, columns), parts), matrices in shapes.items():
-            matrices = [p for i, p in enumerate(matrices) if self.turn(p, i)]
+            matrices = [p for i, p in enumerate(matrices)
+                        if int(self.state[p]["step"] + i) % self.interval == 0]
             if not matrices:
                 continue
             directions = [whole(self.direction(p)) for p in matrices]
@@ -97,14 +99,13 @@ class Muon(torch.optim.Optimizer):
                 p.mul_(1 - rate * group["weight_decay"])
                 p.add_(like(update, p), alpha=-rate * size)
 
-    def turn(self, p: nn.Parameter, i: int) -> bool:
-        """Take the gradient into the mean over past ones; does p, the i-th of its shape, move?"""
+    def remember(self, p: nn.Parameter):
+        """Take the gradient into the mean over past ones, and count it."""
         state = self.state[p]
         if "mean" not in state:
             state["mean"] = torch.zeros_like(p)
         state["mean"].lerp_(p.grad, 1 - self.momentum)
         state["step"] = state.get("step", torch.tensor(0)) + 1
-        return int(state["step"] + i) % self.interval == 0
 
     def direction(self, p: nn.Parameter) -> torch.Tensor:
         """The gradient with Nesterov's momentum."""

@@ -73,8 +73,8 @@ study() {  # name -> the words after compare.py
     listops_softmax | listops_nystrom | listops_linear)
         words=(train_lra.py listops --attention="${1#listops_}" --max_iters=2000 "${arms[@]}"
                --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5) ;;
-    # The whole preset: an hour and a half. The kept compare.json names options that the
-    # preset had not yet.
+    # The whole preset: an hour and a half. The kept compare.json names options that the preset had
+    # not yet.
     listops_full)
         words=(train_lra.py config/lra_listops.toml --attention=nystrom
                --arm "off:" --arm "paper: precond=True"
