@@ -56,7 +56,8 @@ def pick_device(name: str) -> torch.device:
     if count <= (device.index or 0):
         raise UserError(f"--device={name} asked for, but PyTorch sees {count} {device.type} "
                         "devices: use --device=cpu or --device=auto")
-    return device
+    # torch.cuda.set_device asks for a number.
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 def pick_dtype(name: str, device: torch.device, n_embd: int) -> str:

@@ -39,6 +39,11 @@ pathfinder() {  # attention, steps
            "${matrices[@]}" --tune learning_rate=1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5)
 }
 
+listops() {  # attention, further words
+    words=(train_lra.py listops --attention="$1" --max_iters=2000 "${@:2}" "${arms[@]}"
+           --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5)
+}
+
 study() {  # name -> the words after compare.py
     case $1 in
     characters_muon_short)
@@ -70,9 +75,10 @@ study() {  # name -> the words after compare.py
                --learning_rate=3e-3 --arm "off:" --arm "paper: precond=True"
                --arm "half-grad: $half" --tune matrix_learning_rate=1.25e-3,2.5e-3,5e-3,1e-2
                --tune_seeds=1 --seeds=3) ;;
-    listops_softmax | listops_nystrom | listops_linear)
-        words=(train_lra.py listops --attention="${1#listops_}" --max_iters=2000 "${arms[@]}"
-               --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5) ;;
+    listops_softmax | listops_nystrom | listops_linear) listops "${1#listops_}" ;;
+    listops_softmax_muon) listops softmax --optimizer=muon "${matrices[@]}" ;;
+    listops_nystrom_muon) listops nystrom --optimizer=muon "${matrices[@]}" ;;
+    listops_linear_muon) listops linear --optimizer=muon "${matrices[@]}" ;;
     # The whole preset: an hour and a half. The kept compare.json names options that the preset had
     # not yet.
     listops_full)
@@ -111,7 +117,7 @@ study() {  # name -> the words after compare.py
 
 if [ $# = 0 ]; then
     for name in kappa characters_{muon_short,adamw_short,muon,adamw,384} \
-                listops_{softmax,nystrom,linear,confirm,full,full_slow} \
+                listops_{softmax,nystrom,linear}{,_muon} listops_{confirm,full,full_slow} \
                 pathfinder_{softmax,nystrom,confirm} {classify,detect,segment}{,_muon}; do
         if [ -e "results/$name.json" ]; then
             echo "$name (run)"

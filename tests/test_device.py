@@ -14,6 +14,19 @@ def test_devices():
             device.pick_device(name)
 
 
+@pytest.mark.parametrize("name, number", [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_one_process_has_a_gpu_of_its_own(name, number, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        compute = device.Compute(name, "float32", 128)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert chosen == [number] and compute.device == torch.device("cuda", number)
+
+
 def test_dtypes(monkeypatch):
     cpu = torch.device("cpu")
     assert device.pick_dtype("bfloat16", cpu, 8) == "bfloat16"
