@@ -52,6 +52,15 @@ def test_bfloat16_is_enough():
     assert (rounded.double() - exact).norm() < 0.1 * exact.norm()
 
 
+@pytest.mark.parametrize("shape", [(64, 384), (384, 384), (128, 32)])
+@pytest.mark.parametrize("noise", [0, 1e-3, 1e-1])
+def test_in_bfloat16_no_value_grows_large(shape, noise):
+    """Of a matrix that is nearly one row times one column: its largest value begins at 1."""
+    torch.manual_seed(0)
+    g = torch.randn(8, shape[0], 1) @ torch.randn(8, 1, shape[1]) + noise * torch.randn(8, *shape)
+    assert torch.linalg.svdvals(orthogonalise(g.bfloat16()).float()).max() < 3
+
+
 def test_by_gram_is_by_products():
     x = torch.randn(4, 24, 96, generator=torch.Generator().manual_seed(1))
     x = x / x.norm(dim=(-2, -1), keepdim=True)
