@@ -208,7 +208,7 @@ class Transformer(nn.Module):
         else:
             x = x + self.wpe(place)
         x = F.dropout(x, self.config.dropout, self.training)
-        again = self.config.checkpoint_activations and torch.is_grad_enabled()
+        again = self.config.checkpoint_activations and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
             if again:
                 x = checkpoint(block, x, mask, None, turns, use_reentrant=False)

@@ -19,7 +19,8 @@ def register_transformers(name: str = "preconditioned", *, grad: bool = False, e
     Then Model._from_config(config, attn_implementation=name): transformers' own SDPA attention,
     with its masks, followed by C. Some models take any name and ignore it: run `check` once. Those
     that SDPA does not serve raise ValueError when they are made or run. Registering a name again
-    changes every model that has it. Raises ImportError without transformers.
+    changes every model that has it. Raises ImportError without transformers, ValueError for a name
+    that is not free.
     """
     try:
         import transformers
@@ -28,6 +29,9 @@ def register_transformers(name: str = "preconditioned", *, grad: bool = False, e
     except ImportError:
         raise ImportError("register_transformers needs transformers: "
                           "pip install 'transformers>=5'") from None
+    taken = ["eager", *transformers.AttentionInterface().valid_keys()]
+    if name in taken and name not in _answered:
+        raise ValueError(f"{name!r} is an attention implementation already: choose another name")
     # What sdpa_attention_forward reads; then what changes nothing in its result.
     understood = """dropout scaling is_causal position_bias cache
         sliding_window position_ids cache_position seq_idx cu_seq_lens_q cu_seq_lens_k max_length_q

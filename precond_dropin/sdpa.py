@@ -8,7 +8,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from precond import precondition
 
-_sdpa = F.scaled_dot_product_attention  # as it was before any context
+_sdpa = F.scaled_dot_product_attention  # PyTorch's, out of any context
 _entered: list[dict] = []  # the options of all open contexts, of whatever thread
 _entering = threading.Lock()
 _before = {}  # what the outermost context found, to put it back
@@ -48,8 +48,8 @@ def preconditioned_attention(query, key, value, attn_mask=None, dropout_p=0.0, i
 def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
             enable_gqa=False):
     """What F.scaled_dot_product_attention is while a context is open, in any thread."""
-    a = _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
-              enable_gqa=enable_gqa)
+    a = _before["sdpa"](query, key, value, attn_mask, dropout_p, is_causal, scale=scale,
+                        enable_gqa=enable_gqa)
     options = current_options()
     return a if options is None else precondition(a, **options)
 

@@ -79,6 +79,8 @@ def wrap(model: nn.Module, pattern: str | None = None, heads: int | None = None,
     projection, or where another way has already preconditioned its input.
     """
     head_scale(scale, 1)
+    if heads is not None and heads < 1:
+        raise ValueError(f"heads={heads}: give the number of heads, 1 or more")
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None):
         raise ValueError("a compiled model does not see new hooks: wrap the model, then compile it")
     modules = dict(model.named_modules())

@@ -28,6 +28,12 @@ def tf():
     return transformers
 
 
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_names_of_transformers_own_are_kept(name, tf):
+    with pytest.raises(ValueError, match=f"'{name}' is an attention implementation already"):
+        precond.register_transformers(name)
+
+
 def ids(*shape):
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(1))
 

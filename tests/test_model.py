@@ -192,6 +192,14 @@ def test_cache_equals_no_cache(rotary, precond, attention):
         model(idx[:, :1], cache=cache)
 
 
+def test_checkpointing_keeps_the_cache():
+    model = random_gpt(checkpoint_activations=True).train()
+    idx = torch.randint(11, (2, 6))
+    cache = KVCache(model.config, 2)
+    model(idx[:, :5], cache=cache)
+    torch.testing.assert_close(model(idx[:, 5:], cache=cache)[0], model(idx)[0][:, 5:])
+
+
 @pytest.mark.parametrize("attention", ["softmax", "linear"])
 def test_future_tokens_change_nothing(attention):
     model = random_gpt(precond=True, attention=attention)

@@ -27,6 +27,13 @@ def test_keywords_are_pytorchs():
     torch.testing.assert_close(given, 2 * F.normalize(plain, dim=-1))
 
 
+def test_another_librarys_attention_is_preconditioned(monkeypatch):
+    context = precond.precondition_sdpa()  # PyTorch's is known from here on
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *_, **__: 7 * q)
+    with context:
+        torch.testing.assert_close(attend(), F.normalize(X, dim=-1))
+
+
 @pytest.mark.parametrize("first_out", [0, 1])
 def test_a_context_is_its_threads_own(first_out):
     """Two threads enter one after the other and leave in either order; a third is not inside."""

@@ -129,6 +129,9 @@ def test_what_wrap_refuses():
         precond.wrap(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="no output projection was found in Model"):
         precond.wrap(model(), "nothing")
+    for heads in 0, -4:
+        with pytest.raises(ValueError, match=f"heads={heads}: give the number of heads"):
+            precond.wrap(model(), heads=heads)
     with pytest.raises(ValueError, match="blocks.0.proj has 32 inputs, which 5 heads do not"):
         precond.wrap(model(), heads=5)
     with pytest.raises(ValueError, match="mlp: how many heads has it"):

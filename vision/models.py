@@ -153,7 +153,7 @@ class Vision(nn.Module):
     def detection_loss(self, logits, boxes, objects):
         # The matching cannot take them; the loop reports a loss that is nan.
         if not (logits.isfinite().all() and boxes.isfinite().all()):
-            return logits.sum() * torch.nan
+            return (logits.sum() + boxes.sum()) * torch.nan  # all weights get a gradient
         labels = [dict(class_labels=classes, boxes=its_boxes) for classes, its_boxes in objects]
         network = self.network
         with torch.autocast(logits.device.type, enabled=False):
