@@ -21,9 +21,9 @@ from attention import MECHANISMS
 from data import text
 from data.folders import expecting
 from engine import options, pretrained
-from engine.checkpoint import load_weights
+from engine.checkpoint import load_weights, same_data
 from engine.device import Compute
-from engine.options import DATA, LOCAL, not_empty
+from engine.options import DATA, LOCAL, SOURCE, not_empty
 from engine.run import open_run
 from engine.trainer import Task, Trainer, TrainerConfig
 from model import GPT, ModelConfig
@@ -32,7 +32,7 @@ from model import GPT, ModelConfig
 @dataclass
 class Config(TrainerConfig, ModelConfig):
     dataset: Annotated[str, "shakespeare, tinyshakespeare, tinystories, openwebtext, fineweb, "
-                            "or path/to/text.txt", DATA, not_empty] = "shakespeare"
+                            "or path/to/text.txt", SOURCE, not_empty] = "shakespeare"
     tokenizer: Annotated[Literal["auto", "char", "gpt2", "bytes"],
                          "auto: gpt2 for the three large datasets, else char", DATA] = "auto"
     data_dir: Annotated[str, "where prepared data is kept", LOCAL, not_empty] = "data"
@@ -122,7 +122,8 @@ def main():
     if run.fresh and run.config.init_from not in ("scratch", "auto"):
         weights = pretrained.start(run)
     config = run.config
-    with run.compute() as compute, expecting(identity, run.saved):
+    expected = expecting(lambda meta: same_data(run.saved, identity(meta)))
+    with run.compute() as compute, expected:
         task, model = open(config, compute)
         if weights:
             pretrained.check_vocabulary(config.init_from, weights, task.meta)

@@ -28,7 +28,7 @@ from data.folders import expecting
 from data.order import Shuffled, spread
 from engine import checkpoint, options
 from engine.device import Compute
-from engine.options import DATA, FREE, LOCAL, at_least, not_empty
+from engine.options import DATA, FREE, LOCAL, SOURCE, at_least, not_empty
 from engine.run import RESULT, open_run, writing
 from engine.trainer import Task, Trainer, TrainerConfig
 from model import Classifier, ModelConfig
@@ -47,7 +47,7 @@ GENERATED = {  # the options that each generator takes
 class Config(TrainerConfig, ModelConfig):
     task: Annotated[Literal[TASKS], "what to classify", DATA] = "listops"
     source: Annotated[str, "released archive or folder to read; empty: generate, or look in "
-                           "data_dir", DATA] = ""
+                           "data_dir", SOURCE] = ""
     data_dir: Annotated[str, "where prepared data is kept and downloads are looked for",
                         LOCAL, not_empty] = "data"
     n_train: Annotated[int, "generated training samples", DATA] = 50000
@@ -142,7 +142,8 @@ class Classification(Task):
 
 def identity(meta: dict) -> dict:
     """What identifies prepared data: of its meta.json, what a checkpoint keeps."""
-    names = ("task", "classes", "vocab_size", "towers", "block_size", "seed", "counts", "sizes")
+    names = ("task", "classes", "vocab_size", "towers", "block_size", "seed", "counts", "sizes",
+             "sha256")
     return {name: meta[name] for name in names}
 
 
@@ -159,7 +160,7 @@ def open(config: Config, compute: Compute) -> tuple[Classification, Classifier]:
     """The task, its data prepared where it was not, and a model with its first weights."""
     folder = compute.once_per_node(lambda: prepare(config))
     task = Classification(config, folder)
-    compute.check_same(task.state() | {"data's sha256": task.meta["sha256"]})
+    compute.check_same(task.state())
     return task, new_model(config, task, compute)
 
 
@@ -245,7 +246,8 @@ def preset_of_task(argv: list[str]) -> list[str]:
 def main():
     run = open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
     config = run.config
-    with run.compute() as compute, expecting(identity, run.saved):
+    expected = expecting(lambda meta: checkpoint.same_data(run.saved, identity(meta)))
+    with run.compute() as compute, expected:
         if config.show and config.task in IMAGES:
             compute.on_main(lambda: options.need("PIL", "--show saves images with"))
         task, model = open(config, compute)

@@ -32,7 +32,7 @@ from data.images import identity, open_data
 from data.order import spread
 from engine import checkpoint, options
 from engine.device import Compute
-from engine.options import DATA, FREE, LOCAL, DataError, at_least, not_empty
+from engine.options import DATA, FREE, LOCAL, SOURCE, DataError, at_least, not_empty
 from engine.run import open_run
 from engine.trainer import Task, Trainer, TrainerConfig
 from vision.drawing import show
@@ -42,7 +42,7 @@ from vision.models import TASKS, Vision, VisionConfig, detections
 @dataclass
 class Config(TrainerConfig, VisionConfig):
     source: Annotated[str, "CIFAR-10's archive, or a COCO folder; empty: generated shapes",
-                      DATA] = ""
+                      SOURCE] = ""
     data_dir: Annotated[str, "where data that was read is kept", LOCAL, not_empty] = "data"
     n_val: Annotated[int, "generated validation images", DATA, at_least(1)] = 500
     show: Annotated[int, "validation images whose predictions are drawn, as PNG in out_dir",
@@ -142,7 +142,8 @@ def open(config: Config, compute: Compute) -> tuple[VisionTask, Vision]:
 def main():
     run = open_run(Config, preset_of_task(sys.argv[1:]), __doc__)
     config = run.config
-    with run.compute() as compute, expecting(identity, run.saved):
+    expected = expecting(lambda meta: checkpoint.same_data(run.saved, identity(meta)))
+    with run.compute() as compute, expected:
         if config.show:
             compute.on_main(lambda: options.need("PIL", "--show saves images with"))
         task, model = open(config, compute)

@@ -79,14 +79,13 @@ def only_prepared(missing: str):
     return _obeying(rule)
 
 
-def expecting(identity: Callable[[dict], dict], saved: dict | None):
-    """A context in which `ensure` keeps no other data than a checkpoint's, given as `saved`.
+def expecting(expected: Callable[[dict], bool]):
+    """A context in which `ensure` keeps no data but that for whose meta.json expected(meta) holds.
 
     A checkpoint may come from anywhere, and name any file of this machine as its data.
-    identity(meta) is the part of meta.json that a checkpoint has as saved["task"].
     """
     def rule(meta):
-        if saved and meta and identity(meta) != saved["task"]:
+        if meta and not expected(meta):
             raise DataError("the data is not what the run was trained on: restore it, or start "
                             "anew in another --out_dir")
 

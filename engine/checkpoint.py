@@ -132,9 +132,17 @@ def first_line(e: Exception) -> str:
     return textwrap.shorten(lines[0], 120, placeholder=" ...")
 
 
+def same_data(saved: dict | None, state: dict) -> bool:
+    """Whether a checkpoint, if there is one, is of the data that a task's state() identifies."""
+    if saved is None or saved["task"] == state:
+        return True
+    # Earlier versions of train_lra.py did not write the hashes of its files.
+    return saved["task"] == {key: value for key, value in state.items() if key != "sha256"}
+
+
 def restore_model(model: torch.nn.Module, task, saved: dict, folder: Path):
     """Load a checkpoint's weights. Raises UserError where the data or the model is another."""
-    if saved["task"] != task.state():
+    if not same_data(saved, task.state()):
         raise UserError(f"the data is not what the run in {folder} was trained on: restore it, or "
                         "start anew in another --out_dir")
     load_weights(model, saved["model"], f"the checkpoint in {folder}")

@@ -30,6 +30,7 @@ from engine.values import BOOLEANS, convert, fits, not_among, suggest, type_name
 FIXED = "fixed"  # decides what a run is: cannot change on resume
 FIXED_IN_TRAINING = "fixed in training"  # the same, but an evaluation may change it
 DATA = "data"  # chooses the data: fixed, and the same for all arms of a comparison
+SOURCE = "source"  # where it is read from: as DATA, but a resumed run may find it elsewhere
 FREE = "free"  # changes no result
 LOCAL = "local"  # where a process works: like FREE, each process may have its own
 

@@ -157,7 +157,8 @@ def goes_on(config, typed: dict) -> bool:
     An evaluation reads the folder's run. It takes the weights that `init_from` names where that
     was typed; a preset's `init_from` only says what the run once started from.
     """
-    exists = (Path(config.out_dir) / "ckpt.pt").exists()
+    folder = Path(config.out_dir)
+    exists = (folder / "ckpt.pt").exists()
     own = config.init_from in ("scratch", "resume", "auto")
     if config.init_from in ("resume", "auto") and config.overwrite:
         raise UserError(f"--init_from={config.init_from} goes on with the run that --overwrite "
@@ -166,9 +167,10 @@ def goes_on(config, typed: dict) -> bool:
         return own or (exists and "init_from" not in typed)
     if config.init_from == "resume" or (config.init_from == "auto" and exists):
         return True
-    if exists and not config.overwrite:
-        raise UserError(f"{config.out_dir} holds a run: continue it with --init_from=resume, "
-                        "choose another folder with --out_dir=NAME, or replace it with --overwrite")
+    if (exists or (folder / "best.pt").exists()) and not config.overwrite:
+        held = "a run: continue it with --init_from=resume," if exists else "the best.pt of a run:"
+        raise UserError(f"{config.out_dir} holds {held} choose another folder with --out_dir=NAME, "
+                        "or replace it with --overwrite")
     return False
 
 

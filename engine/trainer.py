@@ -115,6 +115,8 @@ class Trainer:
         self.meter.peak_flops = self.compute.matmul_peak()
         with StopSignal(alone=not self.compute.ddp) as stop:
             try:
+                if self.best and self.best["step"] == self.step:  # it may lack its best.pt
+                    save_best(self)
                 self.meter.start()
                 while True:
                     # The last step is evaluated and saved too, however short the run.
@@ -126,16 +128,17 @@ class Trainer:
                     elif self.step % config.log_interval == 0 and self.meter.interval["steps"]:
                         self.meter.stop()
                         self.report({})
-                    if done:
-                        return None
-                    self.train_step()
-                    self.step += 1
-                    if self.log:
-                        self.log.advance()
+                    if not done:
+                        self.train_step()
+                        self.step += 1
+                        if self.log:
+                            self.log.advance()
                     # Processes may get a signal at different steps: all stop at the same one.
-                    if number := int(self.compute.reduce([stop.number], "max")[0]):
-                        self.save()
-                        return number
+                    number = int(self.compute.reduce([stop.number], "max")[0])
+                    if done or number:
+                        if self.kept < self.step:
+                            self.save()
+                        return number or None
             finally:
                 if self.log:
                     self.log.close(failed=sys.exc_info()[0] is not None)
@@ -172,7 +175,7 @@ class Trainer:
         self.meter.add(self.step, values, norm, scaled=self.scaler.is_enabled())
 
     def evaluate(self):
-        """Evaluate, measure kappa, write the record of this step, keep the best model."""
+        """Evaluate, measure kappa, write the record of this step."""
         self.check_finite()
         self.meter.stop()
         self.model.eval()
@@ -188,7 +191,6 @@ class Trainer:
         # Of equals the last: it has trained longer.
         if self.best is None or is_better(metric, record[metric], self.best["value"]):
             self.best = {"metric": metric, "value": record[metric], "step": self.step}
-            save_best(self)
         self.meter.start()
 
     def report(self, record: dict):
@@ -216,9 +218,11 @@ class Trainer:
                 "--grad_clip or --warmup_iters")
 
     def save(self):
-        """ckpt.pt: all that a resumed run needs to go on bit for bit."""
+        """ckpt.pt: all that a resumed run needs to go on bit for bit. Then best.pt, if it is."""
         self.check_finite()
         self.meter.stop()
         save_state(self)
         self.kept = self.step
+        if self.best["step"] == self.step:
+            save_best(self)
         self.meter.start()

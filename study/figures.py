@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.metrics import METRICS, Metric
-from engine.options import DATA, DataError, UserError, marked, need
+from engine.options import DATA, SOURCE, DataError, UserError, marked, need
 from engine.run import writing
 from study import stats
 from study.canvas import COLOURS, DARK, INFINITE, LETTER, STYLE, canvas, focus, key, line, rows_of
@@ -136,7 +136,8 @@ def named(options: set[tuple]) -> str:
 
 def data_of(run: Run) -> set[tuple]:
     """The options that choose its data, with their values."""
-    names = marked(script_of(run.config).Config, DATA)
+    config = script_of(run.config).Config
+    names = [*marked(config, DATA), *marked(config, SOURCE)]
     return {item for item in run.config.items() if item[0] in names}
 
 

@@ -22,7 +22,7 @@ from engine import options
 from engine.device import pick_device, pick_dtype
 from engine.lock import Lock
 from engine.metrics import METRICS
-from engine.options import DATA, UserError
+from engine.options import DATA, SOURCE, UserError
 from study import stats
 from study.arms import Arm, beyond
 from study.fingerprint import code_hash, content, hash_of
@@ -90,7 +90,7 @@ class Comparison:
             for key in self.tunings.keys() & arm.keys:
                 raise UserError(f"{key} is tuned, and set by the arm {arm.name!r}: choose one")
             for key in (*arm.keys, *self.tunings):
-                if key in OURS or options.find(key, known).mark == DATA:
+                if key in OURS or options.find(key, known).mark in (DATA, SOURCE):
                     who = "--tune" if key in self.tunings else f"the arm {arm.name!r}"
                     reason = OURS.get(key, "arms on different data cannot be paired")
                     raise UserError(f"{who} sets {key}: {reason}")

@@ -356,6 +356,21 @@ def test_changed_data_is_refused_on_resume(tmp_path, again):
     assert "the data is not what the run" in message
 
 
+def test_data_that_was_moved_is_found_by_its_new_name(tmp_path, again):
+    text, moved, other = (tmp_path / name for name in ("text.txt", "moved.txt", "other.txt"))
+    text.write_text("To be, or not to be: that is the question. " * 40)
+    assert again(*SMALL, f"--dataset={text}", f"--data_dir={tmp_path / 'data'}",
+                 "--max_iters=2")[0] == 0
+    text.rename(moved)
+    other.write_text("To be, or not to be? that is the question. " * 40)
+    assert "is not a file" in error(again("--init_from=resume", "--max_iters=4"))
+    message = error(again("--init_from=resume", "--max_iters=4", f"--dataset={other}"))
+    assert "the data is not what the run was trained on" in message
+    code, out, _ = again("--init_from=resume", "--max_iters=4", f"--dataset={moved}")
+    assert code == 0 and f"its data: dataset={moved}" in out and "step 4" in out
+    assert again("--init_from=resume", "--max_iters=6")[0] == 0
+
+
 def test_overwrite_replaces_the_run(begin, folder):
     begin("--max_iters=2")
     begin("--max_iters=1", "--overwrite")

@@ -115,6 +115,46 @@ def test_resume_and_overwrite_contradict_each_other(folder, call):
     assert "--init_from=auto goes on" in message
 
 
+@pytest.mark.parametrize("start", ["scratch", "auto"])
+def test_a_best_checkpoint_alone_is_not_lost(start, folder, corpus, call):
+    (folder / "ckpt.pt").unlink()
+    before = (folder / "best.pt").read_bytes()
+    run = [*SMALL, *corpus, f"--out_dir={folder}", "--max_iters=1"]
+    message = error(call(train, *run, f"--init_from={start}"))
+    assert "holds the best.pt of a run: choose another folder" in message
+    assert (folder / "best.pt").read_bytes() == before
+    assert call(train, *run, "--overwrite")[0] == 0
+
+
+def test_a_run_that_ended_between_its_checkpoints(corpus, tmp_path, call, monkeypatch):
+    run = [*SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=2", "--eval_interval=2"]
+
+    def killed(self):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_best", killed)
+        assert call(train, *run)[0] == 130
+    assert (tmp_path / "ckpt.pt").exists() and not (tmp_path / "best.pt").exists()
+    assert call(train, *run, "--init_from=auto", "--max_iters=0")[0] == 0
+    latest, best = (checkpoint.read(tmp_path / name) for name in ("ckpt.pt", "best.pt"))
+    assert best["step"] == latest["best"]["step"] == 0
+    assert all(torch.equal(best["model"][name], w) for name, w in latest["model"].items())
+
+
+def test_a_signal_during_the_last_evaluation_counts(corpus, tmp_path, call, monkeypatch):
+    evaluate = trainer.Trainer.evaluate
+
+    def interrupted(self):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        evaluate(self)
+    monkeypatch.setattr(trainer.Trainer, "evaluate", interrupted)
+    run = [*SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=2"]
+    code, out, _ = call(train, *run)
+    assert code == 143 and "stopped by SIGTERM" in out and "next:" not in out
+    assert checkpoint.read(tmp_path / "ckpt.pt")["step"] == 2
+
+
 def test_lost_metrics_are_mentioned(folder, call):
     (folder / "metrics.jsonl").unlink()
     code, out, _ = resume(call, folder)

@@ -244,6 +244,18 @@ def test_a_checkpoint_from_before_an_option_is_tested_as_it_was(trained, call):
     assert code == 0 and (folder / "test.json").read_text() == before, err
 
 
+def test_other_data_of_the_same_sizes_is_refused(trained, call):
+    path = trained[0] / "ckpt.pt"
+    saved = checkpoint.read(path)
+    saved["task"]["sha256"]["train_tokens.npy"] = 64 * "0"
+    checkpoint.save(path, saved)
+    resumed = "--init_from=resume", f"--out_dir={trained[0]}"
+    assert "the data is not what the run" in error(call(train_lra, *resumed))
+    del saved["task"]["sha256"]  # as checkpoints were before
+    checkpoint.save(path, saved)
+    assert call(train_lra, *resumed)[0] == 0
+
+
 def test_an_accuracy_that_cannot_be_kept_is_still_shown(trained, call):
     (trained[0] / "test.json").unlink()
     (trained[0] / "test.json").mkdir()

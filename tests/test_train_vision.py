@@ -45,6 +45,15 @@ def build(task, *more):
     return train_vision.VisionTask(config), vision.Vision(config, 6)
 
 
+def test_a_diverged_detector_gives_all_weights_a_gradient():
+    """Else copies in other processes wait for it."""
+    task, model = build("detect")
+    images, *targets = task.batch(0, 2)
+    loss = model(images * torch.inf, *targets)[1]
+    loss.backward()
+    assert loss.isnan() and all(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_stopped_run_resumes_bit_for_bit(task, tmp_path, call, monkeypatch):
@@ -330,9 +339,12 @@ def test_a_folder_that_was_moved_with_its_source_is_resumed(tmp_path, call, monk
     again = "--init_from=resume", "--out_dir=out"
     code, said, err = call(train_vision, *again, "--max_iters=2")
     assert code == 0 and "step 2" in said, err
-    Image.new("RGB", (80, 48), "red").save("coco/train2017/0.png")
+    Path("coco").rename("images")
+    code, said, err = call(train_vision, *again, "--source=images", "--max_iters=3")
+    assert code == 0 and "step 3" in said, err
+    Image.new("RGB", (80, 48), "red").save("images/train2017/0.png")
     shutil.rmtree("data")
-    message = error(call(train_vision, *again, "--max_iters=3"))
+    message = error(call(train_vision, *again, "--max_iters=4"))
     assert "the data is not what the run was trained on" in message
 
 
