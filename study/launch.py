@@ -97,6 +97,10 @@ class Comparison:
             tried = [{key: value} for key, values in self.tunings.items() for value in values]
             for chosen in tried or [{}]:
                 values = self.job(arm, first, chosen).identity["config"]
+                idle = [key for key in arm.keys if key.startswith("precond_")]
+                if idle and not values["precond"]:
+                    raise UserError(f"the arm {arm.name!r} sets {', '.join(sorted(idle))}, which "
+                                    "changes nothing without --precond=True: give that too")
                 if values["max_iters"] < 1:
                     raise UserError("max_iters=0 trains nothing that could be compared")
                 evaluated.add(values["batch_size"] * values["eval_iters"])

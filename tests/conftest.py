@@ -176,7 +176,8 @@ def study(fake, call, tmp_path):
     import compare
 
     def run(*arguments, script="train.py"):
-        result = call(compare, script, "--max_iters=6", f"--out_dir={tmp_path / 'out'}", *arguments)
+        result = call(compare, script, "--max_iters=6", "--precond=True",
+                      f"--out_dir={tmp_path / 'out'}", *arguments)
         path = tmp_path / "out/compare.json"
         return result, json.loads(path.read_text()) if path.exists() else None
     return run

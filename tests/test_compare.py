@@ -78,8 +78,8 @@ def test_a_grid_is_also_compared_within_the_first_option(study):
 def test_advice_repeats_the_options(study, tmp_path):
     (code, out, _), _ = study("--vary", "precond_power=0,1", "--arm", "half: precond_power=0.5",
                               "--jobs=2", "--seeds=2")
-    typed = (f"python compare.py train.py --max_iters=6 --out_dir={tmp_path / 'out'} "
-             "--vary precond_power=0,1 --arm 'half: precond_power=0.5' --jobs=2 --seeds=2")
+    typed = ("python compare.py train.py --max_iters=6 --precond=True "
+             f"--out_dir={tmp_path / 'out'} --vary precond_power=0,1 --arm 'half: precond_power=0.5' --jobs=2 --seeds=2")
     assert code == 0 and f"`{typed} --jobs=1 --out_dir={tmp_path / 'out'}-alone`" in out
     twice = compare.read(["train.py", *VARY, "--jobs=2", "--jobs=1", "--out_dir=a", "--out_dir=b"])
     assert (twice.config.jobs, twice.config.out_dir) == (1, "b")  # the last one counts
@@ -209,6 +209,8 @@ def test_grids_and_named_arms():
     (["--vary", "precond=False,False"], "same name"),
     (["--vary", "seed=1,2"], "--seeds and --first_seed"),
     (["--vary", "dataset=a,b"], "cannot be paired"),
+    (["--vary", "precond_power=1,0.5"],
+     "the arm 'precond_power=1' sets precond_power, which changes nothing without --precond=True"),
     (["--seed=3", *VARY], "--seeds and --first_seed"),
     (["--eval_only", *VARY], "a comparison trains"),
     (["--max_iters=0", *VARY], "trains nothing"),

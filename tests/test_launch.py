@@ -202,8 +202,8 @@ def test_a_folder_that_cannot_be_written(call, tmp_path):
 
 
 def test_a_run_left_behind_keeps_its_folder(fake, tmp_path, monkeypatch):
-    comparison = compare.read(["train.py", "--vary", "precond_power=9,0", "--seeds=2",
-                               f"--out_dir={tmp_path / 'out'}"])
+    comparison = compare.read(["train.py", "--precond=True", "--vary", "precond_power=9,0",
+                               "--seeds=2", f"--out_dir={tmp_path / 'out'}"])
     run = comparison.job(comparison.arms[0], 1, {})
     comparison.folder.mkdir()
     with open(comparison.folder / "lock", "w") as comparison.lock:
