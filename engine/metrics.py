@@ -48,6 +48,7 @@ METRICS = {
     "val_bpb": Metric("bits per byte", "bits per byte of text"),
     "val_ap": Metric("average precision", "percent", "higher", short="AP", digits=1),
     "val_ap50": Metric("average precision at IoU 0.5", "percent", digits=1),
+    "val_ap75": Metric("average precision at IoU 0.75", "percent", digits=1),
 }
 
 

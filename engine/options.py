@@ -203,9 +203,9 @@ def options(cls: type) -> dict[str, Option]:
     return result
 
 
-def marked(cls: type, mark: str) -> list[str]:
-    """The names of the options that carry a mark."""
-    return [option.name for option in options(cls).values() if option.mark == mark]
+def marked(cls: type, *marks: str) -> list[str]:
+    """The names of the options that carry one of the marks."""
+    return [option.name for option in options(cls).values() if option.mark in marks]
 
 
 def parse(cls: type, argv: list[str], doc: str) -> tuple[Any, dict]:

@@ -110,7 +110,7 @@ class Run:
 
     def decisive(self, compute: Compute) -> dict:
         """What all processes must have alike: code, options but FREE and LOCAL ones, hardware."""
-        own = [name for mark in (FREE, LOCAL) for name in options.marked(type(self.config), mark)]
+        own = options.marked(type(self.config), FREE, LOCAL)
         alike = {name: value for name, value in asdict(self.config).items() if name not in own}
         return {**code(), **alike, "kind of device": compute.device.type,
                 "dtype on its device": compute.dtype}

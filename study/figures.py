@@ -136,8 +136,7 @@ def named(options: set[tuple]) -> str:
 
 def data_of(run: Run) -> set[tuple]:
     """The options that choose its data, with their values."""
-    config = script_of(run.config).Config
-    names = [*marked(config, DATA), *marked(config, SOURCE)]
+    names = marked(script_of(run.config).Config, DATA, SOURCE)
     return {item for item in run.config.items() if item[0] in names}
 
 

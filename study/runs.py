@@ -13,7 +13,7 @@ import train_lra
 import train_vision
 from engine import options
 from engine.metrics import judging
-from engine.options import FREE, UserError
+from engine.options import FREE, LOCAL, UserError
 from engine.run import RESULT
 
 SCRIPTS = {"train.py": train, "train_lra.py": train_lra, "train_vision.py": train_vision}
@@ -145,7 +145,7 @@ def identity(config: dict) -> dict:
 
     However it was started or resumed, a run from scratch is one.
     """
-    free = options.marked(script_of(config).Config, FREE)
+    free = set(options.marked(script_of(config).Config, FREE, LOCAL)) - {"device"}  # its speed
     decisive = {key: value for key, value in config.items() if key not in free}
     if decisive.get("init_from") in ("auto", "resume"):
         decisive["init_from"] = "scratch"

@@ -79,7 +79,8 @@ def test_advice_repeats_the_options(study, tmp_path):
     (code, out, _), _ = study("--vary", "precond_power=0,1", "--arm", "half: precond_power=0.5",
                               "--jobs=2", "--seeds=2")
     typed = ("python compare.py train.py --max_iters=6 --precond=True "
-             f"--out_dir={tmp_path / 'out'} --vary precond_power=0,1 --arm 'half: precond_power=0.5' --jobs=2 --seeds=2")
+             f"--out_dir={tmp_path / 'out'} --vary precond_power=0,1 "
+             "--arm 'half: precond_power=0.5' --jobs=2 --seeds=2")
     assert code == 0 and f"`{typed} --jobs=1 --out_dir={tmp_path / 'out'}-alone`" in out
     twice = compare.read(["train.py", *VARY, "--jobs=2", "--jobs=1", "--out_dir=a", "--out_dir=b"])
     assert (twice.config.jobs, twice.config.out_dir) == (1, "b")  # the last one counts

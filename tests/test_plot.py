@@ -28,7 +28,7 @@ def test_seeds_of_one_configuration_are_a_group(lm):
 
 def test_labels_name_what_differs(tmp_path):
     base = [invent(tmp_path / "0"),
-            invent(tmp_path / "1", seed=2, init_from="auto", overwrite=True)]
+            invent(tmp_path / "1", seed=2, init_from="auto", overwrite=True, data_dir="/elsewhere")]
     half = invent(tmp_path / "2", precond=True, precond_power=0.5)
     full = invent(tmp_path / "3", precond=True, precond_power=1.0)
     names = {"precond=False": base, "precond=True, precond_power=0.5": [half],
