@@ -247,7 +247,8 @@ def check_writable(folder: Path):
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {folder}: {parent} is not writable")
     if (folder / LOCK).exists():
-        Lock(folder / LOCK, str(folder)).release()
+        with writing(folder):
+            Lock(folder / LOCK, str(folder)).release()
 
 
 @contextlib.contextmanager
@@ -343,28 +344,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
                    for name, value in values.items()}
     groups = optimizer.state_dict()["param_groups"]  # rates and decay: from the options
     optimizer.load_state_dict({"state": mine, "param_groups": groups})
-
-
-class StopSignal:
-    """A context in which Ctrl-C and SIGTERM only set `number`, for the loop to finish its step.
-
-    A second Ctrl-C aborts a run of one process.
-    """
-
-    def __init__(self, alone: bool):
-        self.alone = alone
-        self.number = 0
-
-    def __enter__(self):
-        numbers = signal.SIGINT, signal.SIGTERM
-        self.before = {number: signal.signal(number, self.receive) for number in numbers}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number: int, frame):
-        if self.number and self.alone:
-            raise KeyboardInterrupt
-        self.number = number

@@ -23,7 +23,8 @@ from engine.optim import OptimConfig, learning_rate, make_optimizer, set_learnin
 from engine.options import UserError, at_least
 from engine.parallel import copies, gradients, shard, whole
 from engine.precond_config import PrecondConfig
-from engine.run import RunConfig, StopSignal, open_folder, restore_state, save_best, save_state
+from engine.run import RunConfig, open_folder, restore_state, save_best, save_state
+from engine.stop import StopSignal
 
 
 class Task(Protocol):

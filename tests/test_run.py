@@ -18,7 +18,8 @@ from conftest import ROOT, SMALL, error, read_metrics, teach, torchrun
 from engine import checkpoint, nanogpt_names, trainer
 from engine.lock import Lock
 from engine.options import UserError
-from engine.run import Run, StopSignal, open_folder
+from engine.run import Run, open_folder
+from engine.stop import StopSignal
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,12 @@ def test_a_second_run_in_one_folder_is_refused(more, folder, corpus, call):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     lock.release()
     assert call(train, *given, f"--out_dir={folder}", *more)[0] == 0
+
+
+def test_a_lock_that_cannot_be_opened_is_one_line(corpus, tmp_path, call):
+    (tmp_path / "lock").mkdir()
+    message = error(call(train, *SMALL, *corpus, "--max_iters=1", f"--out_dir={tmp_path}"))
+    assert f"cannot write to {tmp_path}: Is a directory" in message
 
 
 def test_a_run_holds_its_folder_while_it_trains(corpus, tmp_path, call, monkeypatch):
