@@ -77,7 +77,9 @@ study() {  # name -> the words after compare.py
                --tune_seeds=1 --seeds=3) ;;
     listops_softmax | listops_nystrom | listops_linear) listops "${1#listops_}" ;;
     listops_softmax_muon) listops softmax --optimizer=muon "${matrices[@]}" ;;
-    listops_nystrom_muon) listops nystrom --optimizer=muon "${matrices[@]}" ;;
+    listops_nystrom_muon)  # without paper-sqrt_d, to fit into an hour
+        arms=(--arm "off:" --arm "paper: precond=True" --arm "half-grad: $half")
+        listops nystrom --optimizer=muon "${matrices[@]}" ;;
     listops_linear_muon) listops linear --optimizer=muon "${matrices[@]}" ;;
     # The whole preset: an hour and a half. The kept compare.json names options that the preset had
     # not yet.
