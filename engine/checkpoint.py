@@ -136,8 +136,9 @@ def same_data(saved: dict | None, state: dict) -> bool:
     """Whether a checkpoint, if there is one, is of the data that a task's state() identifies."""
     if saved is None or saved["task"] == state:
         return True
-    # Earlier versions of train_lra.py did not write the hashes of its files.
-    return saved["task"] == {key: value for key, value in state.items() if key != "sha256"}
+    # Earlier versions of train_lra.py, whose data alone has towers, did not write its hashes.
+    older = {key: value for key, value in state.items() if key != "sha256"}
+    return "towers" in older and saved["task"] == older
 
 
 def restore_model(model: torch.nn.Module, task, saved: dict, folder: Path):

@@ -145,7 +145,8 @@ def identity(config: dict) -> dict:
 
     However it was started or resumed, a run from scratch is one.
     """
-    free = set(options.marked(script_of(config).Config, FREE, LOCAL)) - {"device"}  # its speed
+    free = set(options.marked(script_of(config).Config, FREE, LOCAL))
+    free.remove("device")  # runs are compared by their seconds, too
     decisive = {key: value for key, value in config.items() if key not in free}
     if decisive.get("init_from") in ("auto", "resume"):
         decisive["init_from"] = "scratch"

@@ -342,6 +342,11 @@ def test_a_folder_that_was_moved_with_its_source_is_resumed(tmp_path, call, monk
     Path("coco").rename("images")
     code, said, err = call(train_vision, *again, "--source=images", "--max_iters=3")
     assert code == 0 and "step 3" in said, err
+    saved = checkpoint.read(Path("out/ckpt.pt"))
+    sha256 = saved["task"].pop("sha256")
+    checkpoint.save(Path("out/ckpt.pt"), saved)
+    assert "the data is not what the run" in error(call(train_vision, *again, "--max_iters=4"))
+    checkpoint.save(Path("out/ckpt.pt"), saved | {"task": saved["task"] | {"sha256": sha256}})
     Image.new("RGB", (80, 48), "red").save("images/train2017/0.png")
     shutil.rmtree("data")
     message = error(call(train_vision, *again, "--max_iters=4"))
