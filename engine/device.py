@@ -175,6 +175,8 @@ class Compute:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
+            # With a mask its gradients can be nan on an H100 in PyTorch 2.13 (pytorch#196678).
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.dtype = pick_dtype(dtype, self.device, n_embd)
 
     def __enter__(self):

@@ -90,7 +90,8 @@ class Muon(torch.optim.Optimizer):
             stack = torch.stack(directions)  # (n, rows, columns)
             stack = stack.view(-1, rows // parts, columns)  # (n parts, m, columns)
             # A GPU multiplies bfloat16 much faster than float32, and two digits are enough here.
-            fast = torch.bfloat16 if stack.is_cuda else stack.dtype
+            native = stack.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+            fast = torch.bfloat16 if native else stack.dtype
             updates = divided(orthogonalise, stack.to(fast))
             updates = updates.to(stack.dtype).view(-1, rows, columns)
             size = 0.2 * max(rows // parts, columns) ** 0.5

@@ -22,8 +22,10 @@ def test_one_process_has_a_gpu_of_its_own(name, number, monkeypatch):
     before = torch.get_float32_matmul_precision()
     try:
         compute = device.Compute(name, "float32", 128)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.enable_cudnn_sdp(True)
     assert chosen == [number] and compute.device == torch.device("cuda", number)
 
 
