@@ -46,6 +46,7 @@ class Job:
     folder: Path
     identity: dict
     process: subprocess.Popen | None = None
+    gpu: str | None = None  # the one that it was given
 
 
 class Stopped(Exception):
@@ -140,6 +141,16 @@ class Comparison:
         return [sys.executable, str(ROOT / self.script), *self.theirs, *job.words,
                 f"--out_dir={job.folder}", f"--init_from={start}"]
 
+    def free_gpu(self, job: Job) -> str | None:
+        """Of the GPUs that are seen the one with fewest jobs; None where it names one or needs none."""
+        config, _ = self.parse(job.words)
+        if job.identity["config"]["device"] != "cuda" or config.device not in ("auto", "cuda"):
+            return None
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
+            map(str, range(torch.cuda.device_count())))
+        taken = [other.gpu for other in self.active]
+        return min(seen.split(","), key=taken.count)
+
     def start(self, job: Job):
         if code_hash(ROOT / self.script) != self.code:
             raise UserError(f"{self.script} or a module that it imports was changed meanwhile: "
@@ -149,6 +160,9 @@ class Comparison:
             # Its seconds count no longer, whoever finishes it.
             (job.folder / "parallel").touch()
         environment = os.environ | dict.fromkeys(THREADS, str(self.config.threads))
+        job.gpu = self.free_gpu(job)
+        if job.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = job.gpu
         with open(job.folder / "log.txt", "a", encoding="utf-8") as log:
             # In its own session Ctrl-C reaches it once, through `stop`. It holds the lock for as
             # long as it lives.

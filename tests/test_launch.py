@@ -4,10 +4,12 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
 from modulefinder import ModuleFinder
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("scipy", reason="pip install -r requirements-extra.txt")
 
@@ -120,6 +122,28 @@ def test_a_failed_run_stops_everything(study, tmp_path):
     said = error(study("--vary", "precond_power=0,7", "--seeds=2")[0])
     assert said.endswith("ended with exit code 1: no space left") and "precond_power=7-1" in said
     assert len(folders(tmp_path / "out")) == 2 and not (tmp_path / "out/compare.json").exists()
+
+
+@pytest.mark.parametrize("seen, options, expected", [
+    (None, [], ["0", "1"]),
+    ("3,5,6", ["--device=cuda"], ["3", "5"]),
+    ("3,5", ["--device=cuda:1"], ["3,5", "3,5"]),
+])
+def test_jobs_share_the_gpus(seen, options, expected, study, monkeypatch):
+    started = subprocess.Popen
+    given = []
+
+    def starting(*words, env, **more):
+        given.append(env.get("CUDA_VISIBLE_DEVICES"))
+        return started(*words, env=env, **more)
+    monkeypatch.setattr(subprocess, "Popen", starting)
+    monkeypatch.setattr(launch, "pick_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    study("--vary", "precond_power=0,1", "--seeds=1", "--jobs=2", "--dtype=float32", *options)
+    assert given == expected
 
 
 @pytest.mark.slow
