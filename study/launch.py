@@ -142,7 +142,10 @@ class Comparison:
                 f"--out_dir={job.folder}", f"--init_from={start}"]
 
     def free_gpu(self, job: Job) -> str | None:
-        """Of the GPUs that are seen the one with fewest jobs; None where it names one or needs none."""
+        """Of the GPUs that are seen the one with the fewest jobs.
+
+        None where a job needs no GPU or names its own.
+        """
         config, _ = self.parse(job.words)
         if job.identity["config"]["device"] != "cuda" or config.device not in ("auto", "cuda"):
             return None
