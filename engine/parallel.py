@@ -41,8 +41,12 @@ def copies(model: nn.Module, compute: Compute) -> nn.Module:
                                    gradient_as_bucket_view=True)
 
 
-def shard(model: nn.Module, compute: Compute):
-    """Split the parameters over the processes, in place: each block apart, then the rest."""
+def shard(model: nn.Module, compute: Compute, compiled: bool):
+    """Split the parameters over the processes, in place: each block apart, then the rest.
+
+    Blocks are compiled apart, too: of the whole model the gathering of weights, and the
+    checkpointing of activations, would leave little in one graph.
+    """
     # Loaded here: it takes a second, which most runs do not need.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -60,6 +64,8 @@ def shard(model: nn.Module, compute: Compute):
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     # Parameters travel in float32, whatever autocast makes of them: kappa is measured without it.
     for block in max(lists, key=weight):
+        if compiled:
+            block.compile()
         fully_shard(block, **options)
     fully_shard(model, **options)
     # Our models change no output in place.

@@ -83,10 +83,11 @@ class Trainer:
             restore_model(model, task, saved, self.folder)
         # Checkpoints are of the raw model: compiling and DDP put prefixes before its keys.
         self.raw = model.to(compute.device)
-        if config.shard:
-            shard(self.raw, compute)
         if config.compile:
             check_compiler(compute.device)
+        if config.shard:
+            shard(self.raw, compute, config.compile)
+        elif config.compile:
             model = torch.compile(self.raw)
         self.model = model if config.shard else copies(model, compute)
         self.optimizer = make_optimizer(self.raw, config)

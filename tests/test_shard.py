@@ -1,4 +1,5 @@
 """--shard=True: one model cut over processes, beside copies of it and beside one process."""
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import train
 import train_lra
 import train_vision
-from conftest import SMALL, error, killer, messages, read_metrics, torchrun
+from conftest import ROOT, SMALL, error, killer, messages, read_metrics, torchrun
 from engine import checkpoint
 from engine.options import UserError
 from engine.parallel import check_shard
@@ -40,6 +41,40 @@ def test_each_kind_of_run_goes_on_from_the_others(optimizer, turns, corpus, tmp_
     a, b = a[-1], b[-1]
     assert b["precond_power"] == pytest.approx(a["precond_power"], abs=1e-4)
     assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_blocks_of_shards_are_compiled_where_their_activations_are_not_kept(corpus, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import torch
+        import train
+        from engine import trainer
+        layers = []  # linear ones in each graph
+        def backend(graph, inputs):
+            layers.append(sum("linear" in str(node.target) for node in graph.graph.nodes))
+            return graph.forward
+        compiler = torch.compile
+        torch.compile = lambda function: compiler(function, backend=backend)
+        trainer.check_compiler = lambda device: None
+        train_step = trainer.Trainer.train_step
+        def counting(self):
+            layers.clear()
+            train_step(self)
+            print("step", self.step, "compiled", layers)
+        trainer.Trainer.train_step = counting
+        train.main()
+    """))
+    run = [*RUN, *corpus, "--shard=True", "--max_iters=2", "--checkpoint_activations=True",
+           "--gradient_accumulation_steps=2"]  # one part of a step, and one size
+    said = torchrun(2, program, *run, "--compile=True", f"--out_dir={tmp_path / 'a'}").stdout
+    assert "step 0 compiled [4]" in said and "step 1 compiled []" in said
+    torchrun(2, "train.py", *run, f"--out_dir={tmp_path / 'b'}")
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
+    a, b = (checkpoint.read(tmp_path / name / "ckpt.pt")["model"] for name in "ab")
+    assert a.keys() == b.keys()
 
 
 @pytest.mark.slow
