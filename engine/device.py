@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -69,10 +70,15 @@ def pick_dtype(name: str, device: torch.device, n_embd: int) -> str:
     if name != "auto":
         return name
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        native = gpu_multiplies_bf16()
     else:
         native = device.type == "cpu" and n_embd >= BF16_WIDTH and cpu_multiplies_bf16()
     return "bfloat16" if native else "float32"
+
+
+@cache
+def gpu_multiplies_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def cpu_multiplies_bf16() -> bool:

@@ -5,6 +5,7 @@ Everything else moves by AdamW: embeddings, heads, convolutions, vectors, learne
 import torch
 import torch.nn as nn
 
+from engine.device import gpu_multiplies_bf16
 from engine.orthogonal import orthogonalise
 from engine.parallel import divided, like, whole
 
@@ -90,8 +91,7 @@ class Muon(torch.optim.Optimizer):
             stack = torch.stack(directions)  # (n, rows, columns)
             stack = stack.view(-1, rows // parts, columns)  # (n parts, m, columns)
             # A GPU multiplies bfloat16 much faster than float32, and two digits are enough here.
-            native = stack.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-            fast = torch.bfloat16 if native else stack.dtype
+            fast = torch.bfloat16 if stack.is_cuda and gpu_multiplies_bf16() else stack.dtype
             updates = divided(orthogonalise, stack.to(fast))
             updates = updates.to(stack.dtype).view(-1, rows, columns)
             size = 0.2 * max(rows // parts, columns) ** 0.5

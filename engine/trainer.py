@@ -117,8 +117,7 @@ class Trainer:
         self.meter.peak_flops = self.compute.matmul_peak()
         with StopSignal(alone=not self.compute.ddp) as stop:
             try:
-                if self.best and self.best["step"] == self.step:  # it may lack its best.pt
-                    save_best(self)
+                self.keep_best()  # a run that ended between its two checkpoints lacks it
                 self.meter.start()
                 while True:
                     # The last step is evaluated and saved too, however short the run.
@@ -220,11 +219,14 @@ class Trainer:
                 "--grad_clip or --warmup_iters")
 
     def save(self):
-        """ckpt.pt: all that a resumed run needs to go on bit for bit. Then best.pt, if it is."""
+        """ckpt.pt, all that a resumed run needs to go on bit for bit; then best.pt, never alone."""
         self.check_finite()
         self.meter.stop()
         save_state(self)
         self.kept = self.step
-        if self.best["step"] == self.step:
-            save_best(self)
+        self.keep_best()
         self.meter.start()
+
+    def keep_best(self):
+        if self.best and self.best["step"] == self.step:
+            save_best(self)

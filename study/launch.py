@@ -45,6 +45,7 @@ class Job:
     words: list[str]
     folder: Path
     identity: dict
+    takes_gpu: bool  # whichever it is given: it names none
     process: subprocess.Popen | None = None
     gpu: str | None = None  # the one that it was given
 
@@ -132,7 +133,8 @@ class Comparison:
                 "threads": self.config.threads, "torch": torch.__version__, "code": self.code}
         name = re.sub(r"[^A-Za-z0-9._=-]+", "_", arm.name)[:60]
         folder = self.folder / "runs" / f"{name}-{seed}-{hash_of([arm.name, mine])[:12]}"
-        return Job(arm.name, seed, words, folder, mine)
+        takes_gpu = device.type == "cuda" and config.device in ("auto", "cuda")
+        return Job(arm.name, seed, words, folder, mine, takes_gpu)
 
     def command(self, job: Job) -> list[str]:
         start = job.identity["config"]["init_from"]
@@ -141,14 +143,8 @@ class Comparison:
         return [sys.executable, str(ROOT / self.script), *self.theirs, *job.words,
                 f"--out_dir={job.folder}", f"--init_from={start}"]
 
-    def free_gpu(self, job: Job) -> str | None:
-        """Of the GPUs that are seen the one with the fewest jobs.
-
-        None where a job needs no GPU or names its own.
-        """
-        config, _ = self.parse(job.words)
-        if job.identity["config"]["device"] != "cuda" or config.device not in ("auto", "cuda"):
-            return None
+    def free_gpu(self) -> str:
+        """Of the GPUs that are seen the one with the fewest jobs."""
         seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(
             map(str, range(torch.cuda.device_count())))
         taken = [other.gpu for other in self.active]
@@ -163,9 +159,8 @@ class Comparison:
             # Its seconds count no longer, whoever finishes it.
             (job.folder / "parallel").touch()
         environment = os.environ | dict.fromkeys(THREADS, str(self.config.threads))
-        job.gpu = self.free_gpu(job)
-        if job.gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = job.gpu
+        if job.takes_gpu:
+            job.gpu = environment["CUDA_VISIBLE_DEVICES"] = self.free_gpu()
         with open(job.folder / "log.txt", "a", encoding="utf-8") as log:
             # In its own session Ctrl-C reaches it once, through `stop`. It holds the lock for as
             # long as it lives.
