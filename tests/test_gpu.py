@@ -93,11 +93,15 @@ def test_a_run_goes_on_as_if_never_stopped(task, dtype, corpus, prepared, tmp_pa
     assert call(module, *run, "--max_iters=6", f"--out_dir={whole}")[0] == 0
     assert call(module, *run, "--max_iters=3", f"--out_dir={parts}")[0] == 0
     assert call(module, "--init_from=resume", "--max_iters=6", f"--out_dir={parts}")[0] == 0
-    error = 0 if task == "text" else 1e-2
-    last, resumed = (read_metrics(folder)[-1]["val_loss"] for folder in (whole, parts))
-    assert resumed == pytest.approx(last, rel=error, abs=0)
+    last, resumed = (read_metrics(folder)[-1] for folder in (whole, parts))
     a, b = (checkpoint.read(folder / "ckpt.pt")["model"] for folder in (whole, parts))
+    # The losses of detection and the backward pass of segmentation's grid_sample add by threads.
+    error = 1e-2 if task in ("detect", "segment") else 0
     torch.testing.assert_close(a, b, rtol=error, atol=error)
+    if error:
+        assert resumed["val_loss"] == pytest.approx(last["val_loss"], rel=error)
+    else:
+        assert resumed == last
 
 
 @pytest.mark.slow
@@ -111,12 +115,12 @@ def test_compiled_is_near(corpus, tmp_path, call):
 
 @pytest.mark.slow
 @pytest.mark.skipif(COUNT == 0, reason="there is no CUDA device")
-@pytest.mark.parametrize("shard, dtype",
-                         [(False, "float32"), (True, "float32"), (True, "bfloat16")])
-def test_as_many_processes_as_gpus(shard, dtype, corpus, tmp_path):
+@pytest.mark.parametrize("shard, dtype, optimizer", [
     # Muon's products in bfloat16 make more of the other order of the sums than 1e-4.
+    (False, "float32", "adamw"), (True, "float32", "adamw"), (True, "bfloat16", "muon")])
+def test_as_many_processes_as_gpus(shard, dtype, optimizer, corpus, tmp_path):
     run = [*TEXT, *corpus, *SHORT, "--max_iters=6", f"--batch_size={4 * COUNT}", f"--dtype={dtype}",
-           "--optimizer=adamw"]
+           f"--optimizer={optimizer}"]
     launch(1, "train.py", *run, f"--out_dir={tmp_path / 'one'}")
     torchrun(COUNT, "train.py", *run, f"--shard={shard}", f"--out_dir={tmp_path / 'all'}")
     one, several = (read_metrics(tmp_path / name)[-1] for name in ("one", "all"))
