@@ -233,6 +233,20 @@ def killer(folder: Path, script: str, step: int) -> Path:
     return path
 
 
+def patched(folder: Path, patch: str) -> Path:
+    """A program that runs train.py after the lines `patch`, which know `rank` and `Trainer`."""
+    program = folder / "program.py"
+    program.write_text(textwrap.dedent(f"""
+        import os, signal, sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        import train
+        from engine import options
+        from engine.trainer import Trainer
+        rank = os.environ["RANK"]
+    """) + textwrap.dedent(patch) + "options.run(train.main)\n")
+    return program
+
+
 def messages(folder: Path, patch: str, *options, processes: int = 2) -> list[str]:
     """Run train.py under torchrun after the lines `patch`.
 

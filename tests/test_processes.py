@@ -1,13 +1,12 @@
 """Runs of train.py in processes of their own: killed and resumed, and several with torchrun."""
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT, SMALL, killer, launch, messages, read_metrics, shell, torchrun
+from conftest import ROOT, SMALL, killer, launch, messages, patched, read_metrics, shell, torchrun
 from engine import checkpoint
 
 pytestmark = pytest.mark.slow
@@ -89,20 +88,6 @@ def test_data_of_one_process_that_is_another(corpus, tmp_path):
             train.text.prepare = lambda _, *rest: prepare({str(other)!r}, *rest)
     """, *SMALL, *corpus, "--max_iters=2", f"--out_dir={tmp_path / 'out'}")
     assert "must have the same data_sha256, which is" in found[0] and found[0] == found[1]
-
-
-def patched(folder: Path, patch: str) -> Path:
-    """A program that runs train.py after the lines `patch`, which know `rank` and `Trainer`."""
-    program = folder / "program.py"
-    program.write_text(textwrap.dedent(f"""
-        import os, signal, sys, time
-        sys.path.insert(0, {str(ROOT)!r})
-        import train
-        from engine import options
-        from engine.trainer import Trainer
-        rank = os.environ["RANK"]
-    """) + textwrap.dedent(patch) + "options.run(train.main)\n")
-    return program
 
 
 def test_a_process_that_does_not_answer_ends_the_run_in_a_line(corpus, tmp_path):

@@ -3,7 +3,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -15,11 +14,10 @@ import torch
 
 import train
 from conftest import ROOT, SMALL, error, read_metrics, teach, torchrun
-from engine import checkpoint, nanogpt_names, trainer
+from engine import checkpoint, trainer
 from engine.lock import Lock
 from engine.options import UserError
 from engine.run import Run, open_folder
-from engine.stop import StopSignal
 
 
 @pytest.fixture(scope="module")
@@ -146,20 +144,6 @@ def test_a_run_that_ended_between_its_checkpoints(corpus, tmp_path, call, monkey
     latest, best = (checkpoint.read(tmp_path / name) for name in ("ckpt.pt", "best.pt"))
     assert best["step"] == latest["best"]["step"] == 0
     assert all(torch.equal(best["model"][name], w) for name, w in latest["model"].items())
-
-
-def test_a_signal_during_the_last_evaluation_counts(corpus, tmp_path, call, monkeypatch):
-    evaluate = trainer.Trainer.evaluate
-
-    def interrupted(self):
-        if self.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        evaluate(self)
-    monkeypatch.setattr(trainer.Trainer, "evaluate", interrupted)
-    run = [*SMALL, *corpus, f"--out_dir={tmp_path}", "--max_iters=2"]
-    code, out, _ = call(train, *run)
-    assert code == 143 and "stopped by SIGTERM" in out and "next:" not in out
-    assert checkpoint.read(tmp_path / "ckpt.pt")["step"] == 2
 
 
 def test_lost_metrics_are_mentioned(folder, call):
@@ -293,58 +277,6 @@ def test_torchrun_restarts_a_killed_worker(corpus, tmp_path):
     assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b")
 
 
-def command(*words, **kwargs):
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120, **kwargs)
-
-
-def test_a_mistyped_option_is_answered_without_pytorch():
-    done = command("-X", "importtime", "train.py", "--lerning_rate=1")
-    assert done.returncode == 2
-    assert "train.py: error: unknown option --lerning_rate: did you mean" in done.stderr
-    assert " torch" not in done.stderr
-
-
-@pytest.mark.slow
-def test_help_is_answered_without_the_compiler():
-    """It takes as long to load as the rest of PyTorch."""
-    done = command("-X", "importtime", "sample.py", "--help")
-    assert "--max_new_tokens" in done.stdout
-    assert " torch.nn\n" in done.stderr and " torch._dynamo\n" not in done.stderr
-
-
-@pytest.mark.slow
-def test_help_into_head():
-    shell = f"{sys.executable} train.py --help | head -2"
-    done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr == "" and len(done.stdout.splitlines()) == 2
-
-
-@pytest.mark.parametrize("words, answer", [
-    (["--lr=1e-3"], "--learning_rate"),
-    (["--decay_lr=False"], "--lr_schedule=constant"),
-    (["--always_save_checkpoint"], "every evaluation saves"),
-    (["--backend=nccl"], "nccl on GPUs"),
-    (["--vocab_size=50304"], "vocabulary decides"),
-    (["--dataset=shakespeare_char"], "--dataset=tinyshakespeare"),
-    (["config/train_gpt2.py"], "config/gpt2_124m.toml"),
-    (["config/train_shakespeare_char.py", "--device=cpu"], "config/shakespeare_char_gpu.toml"),
-])
-def test_nanogpts_names_get_the_right_answer(words, answer, call):
-    assert answer in error(call(train, *words))
-
-
-def test_a_guess_that_is_not_close_is_not_made(call):
-    assert "did you mean" not in error(call(train, "--zebra=1"))
-
-
-def test_the_document_shows_the_table_of_nanogpts_names():
-    text = (ROOT / "docs" / "from_nanogpt.md").read_text(encoding="utf-8").replace("`", "")
-    rows = dict(line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| "))
-    assert rows.pop("nanoGPT") == "here"
-    assert rows == nanogpt_names.NAMES
-
-
 def test_a_new_run_leaves_nothing_of_the_old_one(folder, corpus, call):
     (folder / "test.json").write_text(json.dumps({"test_accuracy": 1.0}))
     run = [*SMALL, *corpus, f"--out_dir={folder}", "--max_iters=1", "--overwrite"]
@@ -394,17 +326,3 @@ def test_a_finished_run_keeps_its_configuration(tmp_path):
     (tmp_path / "config.toml").write_text("old")
     open_folder(train.Config(out_dir=str(tmp_path), max_iters=10), 10).close()
     assert (tmp_path / "config.toml").read_text() == "old"
-
-
-def test_a_second_interrupt_aborts_a_run_of_one_process():
-    before = signal.getsignal(signal.SIGINT)
-    with StopSignal(alone=True) as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.number == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    with StopSignal(alone=False) as stop:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
-        assert stop.number == signal.SIGINT
-    assert signal.getsignal(signal.SIGINT) is before

@@ -1,5 +1,4 @@
 """--shard=True: one model cut over processes, beside copies of it and beside one process."""
-import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 import train
 import train_lra
 import train_vision
-from conftest import ROOT, SMALL, error, killer, messages, read_metrics, torchrun
+from conftest import SMALL, error, killer, messages, patched, read_metrics, torchrun
 from engine import checkpoint
 from engine.options import UserError
 from engine.parallel import check_shard
@@ -45,12 +44,8 @@ def test_each_kind_of_run_goes_on_from_the_others(optimizer, turns, corpus, tmp_
 
 @pytest.mark.slow
 def test_blocks_of_shards_are_compiled_where_their_activations_are_not_kept(corpus, tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(textwrap.dedent(f"""
-        import sys
-        sys.path.insert(0, {str(ROOT)!r})
+    program = patched(tmp_path, """
         import torch
-        import train
         from engine import trainer
         layers = []  # linear ones in each graph
         def backend(graph, inputs):
@@ -59,14 +54,13 @@ def test_blocks_of_shards_are_compiled_where_their_activations_are_not_kept(corp
         compiler = torch.compile
         torch.compile = lambda function: compiler(function, backend=backend)
         trainer.check_compiler = lambda device: None
-        train_step = trainer.Trainer.train_step
+        step = Trainer.train_step
         def counting(self):
             layers.clear()
-            train_step(self)
+            step(self)
             print("step", self.step, "compiled", layers)
-        trainer.Trainer.train_step = counting
-        train.main()
-    """))
+        Trainer.train_step = counting
+    """)
     run = [*RUN, *corpus, "--shard=True", "--max_iters=2", "--checkpoint_activations=True",
            "--gradient_accumulation_steps=2"]  # one part of a step, and one size
     said = torchrun(2, program, *run, "--compile=True", f"--out_dir={tmp_path / 'a'}").stdout
