@@ -114,7 +114,7 @@ def check(groups: Groups, x: str, layer: int):
         if end != its_end and x != "seconds" and training_of(first) != training_of(run):
             raise UserError(f"{first.folder} ends at {unit} {end:,}, {run.folder} at {unit} "
                             f"{its_end:,}: finish the shorter with --init_from=resume, "
-                            "or draw runs of one length")
+                            "draw runs of one length, or race them with --x=seconds")
     for run in [first, *others]:
         depth = run.config["n_layer"]
         if layer >= depth:

@@ -128,7 +128,8 @@ def test_runs_that_do_not_compare(tmp_path, call):
     assert f"{run} and {same} are the same run, seed 1" in error(call(plot, run, same))
     short = invent(tmp_path / "short", precond=True, steps=(0, 10))
     assert f"{run} ends at step 20, {short} at step 10" in error(call(plot, run, short))
-    assert "at tokens 2,000" in error(call(plot, run, short, "--x=tokens"))
+    said = error(call(plot, run, short, "--x=tokens"))
+    assert "at tokens 2,000" in said and "--x=seconds" in said
     padded = invent(tmp_path / "padded", seed=2)  # as in Long Range Arena, where seeds differ
     metrics = padded / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"tokens": 2000', '"tokens": 1950'))
