@@ -44,6 +44,7 @@ class Config(TrainerConfig, ModelConfig):
     init: str = "zero"
     max_iters: int = 1500
     learning_rate: float = 1.2e-2
+    momentum: float = 0.9
     lr_schedule: str = "linear"
     warmup_iters: int = 50
     min_lr: float = 0.0

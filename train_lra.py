@@ -64,11 +64,14 @@ class Config(TrainerConfig, ModelConfig):
                                   "targets", DATA] = 7
     show: Annotated[int, "with eval_only: show this many test inputs with prediction and label",
                     FREE, at_least(0)] = 0
-    # Other defaults than train.py's, for the small ListOps.
+    # Other defaults than train.py's, for the small ListOps (BENCHMARKS.md); AdamW wants a
+    # learning_rate of 2e-3.
     out_dir: str = "out-lra-listops-small"
+    optimizer: str = "muon"
     batch_size: int = 32
     max_iters: int = 4000
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
+    matrix_interval: int = 3
     min_lr: float = 2e-5
     eval_interval: int = 500
     block_size: int = 128

@@ -8,9 +8,14 @@
 # A finished study leaves its compare.json and compare.md here, under its name. JOBS=2 runs are
 # trained at once, one thread each. Needs requirements-extra.txt. Runs are shorter than the presets,
 # so that a study takes up to an hour: characters a fourth of theirs, ListOps a half, images an
-# eighth to three eighths, Pathfinder two thirds or two fifths. characters_muon and characters_adamw
-# have their whole length: one and a half hours or more each. So long takes characters_384 too, and
-# listops_full_slow an hour more.
+# eighth to three eighths, Pathfinder two thirds or two fifths, with AdamW as many as the preset.
+# characters_muon and characters_adamw have their whole length: one and a half hours or more each.
+# So long takes characters_384 too, and listops_full_slow an hour more.
+#
+# Some defaults were others when these studies ran, and their kept compare.json do not name them:
+# AdamW on images and ListOps, Muon's momentum of 0.95 on characters, its interval of 1 on ListOps,
+# its matrices' rate of 1e-2 in characters_muon_short and kappa. In these two it took q, k and v of
+# all heads for one matrix each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,12 +27,9 @@ saturating=(--arm "saturating-grad: precond=True precond_eps=1 precond_grad=True
 adamw=config/shakespeare_char_adamw.toml
 # C changes what the projections are given, and under Muon their rate is that of the matrices.
 matrices=(--tune matrix_learning_rate=2.5e-3,5e-3,1e-2,2e-2)
-# characters_muon_short and kappa. Their kept compare.json are from when 1e-2 was the default, which
-# their own commands do not name, and Muon took q, k and v of all heads for one matrix each.
-short="--max_iters=375 --warmup_iters=20 --matrix_learning_rate=1e-2"
+momentum=--momentum=0.95
+short="--max_iters=375 --warmup_iters=20 --matrix_learning_rate=1e-2 $momentum"
 
-# The kept compare.json of AdamW on images are from when it was the presets' optimizer: their own
-# command does not name it.
 images() {  # task, steps, optimizer, further words
     words=(train_vision.py "$1" --max_iters="$2" --eval_interval=$(($2 / 5)) --optimizer="$3"
            "${arms[@]}" "${@:4}" --tune learning_rate=5e-4,1e-3,2e-3,4e-3
@@ -39,8 +41,9 @@ pathfinder() {  # attention, steps
            "${matrices[@]}" --tune learning_rate=1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5)
 }
 
-listops() {  # attention, further words
-    words=(train_lra.py listops --attention="$1" --max_iters=2000 "${@:2}" "${arms[@]}"
+listops() {  # attention, optimizer, further words
+    words=(train_lra.py listops --attention="$1" --max_iters=2000 --optimizer="$2"
+           --matrix_interval=1 "${arms[@]}" "${@:3}"
            --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5)
 }
 
@@ -62,7 +65,7 @@ study() {  # name -> the words after compare.py
         words=(train.py $adamw --max_iters=500 --eval_interval=125 "${arms[@]}" "${saturating[@]}"
                --tune learning_rate=1.5e-3,3e-3,6e-3,1.2e-2 --tune_seeds=1 --seeds=5) ;;
     characters_muon)
-        words=(train.py "${arms[@]}" "${matrices[@]}"
+        words=(train.py $momentum "${arms[@]}" "${matrices[@]}"
                --tune learning_rate=6e-3,1.2e-2,2.4e-2 --tune_seeds=1 --seeds=5) ;;
     characters_adamw)
         words=(train.py $adamw "${arms[@]}" --tune learning_rate=1.5e-3,3e-3,6e-3,1.2e-2
@@ -72,15 +75,15 @@ study() {  # name -> the words after compare.py
     characters_384)
         words=(train.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=4
                --max_iters=250 --warmup_iters=20 --eval_interval=125 --eval_iters=25
-               --learning_rate=3e-3 --arm "off:" --arm "paper: precond=True"
+               --learning_rate=3e-3 $momentum --arm "off:" --arm "paper: precond=True"
                --arm "half-grad: $half" --tune matrix_learning_rate=1.25e-3,2.5e-3,5e-3,1e-2
                --tune_seeds=1 --seeds=3) ;;
-    listops_softmax | listops_nystrom | listops_linear) listops "${1#listops_}" ;;
-    listops_softmax_muon) listops softmax --optimizer=muon "${matrices[@]}" ;;
+    listops_softmax | listops_nystrom | listops_linear) listops "${1#listops_}" adamw ;;
+    listops_softmax_muon) listops softmax muon "${matrices[@]}" ;;
     listops_nystrom_muon)  # without paper-sqrt_d, to fit into an hour
         arms=(--arm "off:" --arm "paper: precond=True" --arm "half-grad: $half")
-        listops nystrom --optimizer=muon "${matrices[@]}" ;;
-    listops_linear_muon) listops linear --optimizer=muon "${matrices[@]}" ;;
+        listops nystrom muon "${matrices[@]}" ;;
+    listops_linear_muon) listops linear muon "${matrices[@]}" ;;
     # The whole preset: an hour and a half. The kept compare.json names options that the preset had
     # not yet.
     listops_full)
@@ -96,15 +99,24 @@ study() {  # name -> the words after compare.py
                --arm "off:" --arm "paper: precond=True" --seeds=1) ;;
     pathfinder_softmax) pathfinder softmax 1000 ;;
     pathfinder_nystrom) pathfinder nystrom 600 ;;
+    pathfinder_softmax_adamw)
+        words=(train_lra.py pathfinder --max_iters=1500 --optimizer=adamw --init=gpt2 "${arms[@]}"
+               --tune learning_rate=1e-3,2e-3,4e-3,8e-3 --tune_seeds=1 --seeds=5) ;;
     # The confirmations ask once more where half-grad led on every seed: at the rates tuned there,
-    # on other seeds; on Pathfinder with the baseline at half-grad's rate as well.
+    # on other seeds; on Pathfinder with the baseline at half-grad's rate as well, with AdamW at it
+    # alone, which on the tuning seed was as good.
     listops_confirm)
-        words=(train_lra.py listops --attention=nystrom --max_iters=2000 --learning_rate=4e-3
+        words=(train_lra.py listops --attention=nystrom --max_iters=2000 --optimizer=adamw
+               --learning_rate=4e-3
                --arm "off:" --arm "half-grad: $half" --first_seed=11 --seeds=10) ;;
     pathfinder_confirm)
         words=(train_lra.py pathfinder --max_iters=1000 --matrix_learning_rate=1e-2
                --arm "off: learning_rate=5e-4" --arm "off-slow: learning_rate=2.5e-4"
                --arm "half-grad: learning_rate=2.5e-4 $half" --first_seed=11 --seeds=10) ;;
+    pathfinder_confirm_adamw)
+        words=(train_lra.py pathfinder --max_iters=1500 --optimizer=adamw --init=gpt2
+               --learning_rate=2e-3 --arm "off:" --arm "half-grad: $half"
+               --first_seed=11 --seeds=10) ;;
     classify) images classify 500 adamw ;;
     detect) images detect 1500 adamw ;;
     segment) images segment 600 adamw ;;
@@ -120,7 +132,8 @@ study() {  # name -> the words after compare.py
 if [ $# = 0 ]; then
     for name in kappa characters_{muon_short,adamw_short,muon,adamw,384} \
                 listops_{softmax,nystrom,linear}{,_muon} listops_{confirm,full,full_slow} \
-                pathfinder_{softmax,nystrom,confirm} {classify,detect,segment}{,_muon}; do
+                pathfinder_{softmax,confirm}{,_adamw} pathfinder_nystrom \
+                {classify,detect,segment}{,_muon}; do
         if [ -e "results/$name.json" ]; then
             echo "$name (run)"
         else
