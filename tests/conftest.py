@@ -191,10 +191,10 @@ def error(result) -> str:
     return lines[0]
 
 
-def shell(*command, check=True, **env) -> subprocess.CompletedProcess:
+def shell(*command, check=True, timeout=300, **env) -> subprocess.CompletedProcess:
     """Run this Python in the project's root with the words of a command: a script, its options."""
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True,
-                          text=True, env=os.environ | env, timeout=300)
+                          text=True, env=os.environ | env, timeout=timeout)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 

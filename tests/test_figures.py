@@ -270,6 +270,10 @@ def test_the_final_metric_against_kappa(tmp_path):
     infinite = new | {"points": {"off": 4 * [[float("inf"), 0.5]]}}
     assert conditioning({"old": old, "few": few, "infinite": infinite}) is None
     assert len(conditioning({"old": old, "listops": new}).axes) == 1
+    between = new | {"points": {"off": [[120, 0.5], [300, 0.4], [500, 0.6], [700, 0.5]]}}
+    narrow, = conditioning({"listops": between}).axes
+    low, high = narrow.get_xlim()
+    assert any(low < tick < high for tick in narrow.get_xticks())  # no power of ten is among them
     edge, = [line for line in ax.lines if line.get_gid() == "infinite"]
     assert list(edge.get_ydata()) == pytest.approx([10.0])  # percent
     on = [line for line in ax.lines if list(line.get_xdata()) == [50.0, 25.0]]

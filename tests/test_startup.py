@@ -5,17 +5,12 @@ import sys
 import pytest
 
 import train
-from conftest import ROOT, error
+from conftest import ROOT, error, shell
 from engine import nanogpt_names
 
 
-def command(*words, **kwargs):
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120, **kwargs)
-
-
 def test_a_mistyped_option_is_answered_without_pytorch():
-    done = command("-X", "importtime", "train.py", "--lerning_rate=1")
+    done = shell("-X", "importtime", "train.py", "--lerning_rate=1", check=False, timeout=120)
     assert done.returncode == 2
     assert "train.py: error: unknown option --lerning_rate: did you mean" in done.stderr
     assert " torch" not in done.stderr
@@ -24,15 +19,15 @@ def test_a_mistyped_option_is_answered_without_pytorch():
 @pytest.mark.slow
 def test_help_is_answered_without_the_compiler():
     """It takes as long to load as the rest of PyTorch."""
-    done = command("-X", "importtime", "sample.py", "--help")
+    done = shell("-X", "importtime", "sample.py", "--help", timeout=120)
     assert "--max_new_tokens" in done.stdout
     assert " torch.nn\n" in done.stderr and " torch._dynamo\n" not in done.stderr
 
 
 @pytest.mark.slow
 def test_help_into_head():
-    shell = f"{sys.executable} train.py --help | head -2"
-    done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True)
+    piped = f"{sys.executable} train.py --help | head -2"
+    done = subprocess.run(piped, shell=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stderr == "" and len(done.stdout.splitlines()) == 2
 
 
