@@ -22,6 +22,7 @@ cd "$(dirname "$0")/.."
 half="precond=True precond_power=0.5 precond_grad=True"
 arms=(--arm "off:" --arm "paper: precond=True"
       --arm "paper-sqrt_d: precond=True precond_scale=sqrt_d" --arm "half-grad: $half")
+few=(--arm "off:" --arm "paper: precond=True" --arm "half-grad: $half")
 # (||A_i|| + 1)^-1 saturates: rows much shorter than 1 keep their length.
 saturating=(--arm "saturating-grad: precond=True precond_eps=1 precond_grad=True")
 adamw=config/shakespeare_char_adamw.toml
@@ -29,6 +30,7 @@ adamw=config/shakespeare_char_adamw.toml
 matrices=(--tune matrix_learning_rate=2.5e-3,5e-3,1e-2,2e-2)
 momentum=--momentum=0.95
 short="--max_iters=375 --warmup_iters=20 --matrix_learning_rate=1e-2 $momentum"
+pathfinder_adamw="pathfinder --max_iters=1500 --optimizer=adamw --init=gpt2"
 
 images() {  # task, steps, optimizer, further words
     words=(train_vision.py "$1" --max_iters="$2" --eval_interval=$(($2 / 5)) --optimizer="$3"
@@ -75,13 +77,12 @@ study() {  # name -> the words after compare.py
     characters_384)
         words=(train.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=4
                --max_iters=250 --warmup_iters=20 --eval_interval=125 --eval_iters=25
-               --learning_rate=3e-3 $momentum --arm "off:" --arm "paper: precond=True"
-               --arm "half-grad: $half" --tune matrix_learning_rate=1.25e-3,2.5e-3,5e-3,1e-2
-               --tune_seeds=1 --seeds=3) ;;
+               --learning_rate=3e-3 $momentum "${few[@]}"
+               --tune matrix_learning_rate=1.25e-3,2.5e-3,5e-3,1e-2 --tune_seeds=1 --seeds=3) ;;
     listops_softmax | listops_nystrom | listops_linear) listops "${1#listops_}" adamw ;;
     listops_softmax_muon) listops softmax muon "${matrices[@]}" ;;
     listops_nystrom_muon)  # without paper-sqrt_d, to fit into an hour
-        arms=(--arm "off:" --arm "paper: precond=True" --arm "half-grad: $half")
+        arms=("${few[@]}")
         listops nystrom muon "${matrices[@]}" ;;
     listops_linear_muon) listops linear muon "${matrices[@]}" ;;
     # The whole preset: an hour and a half. The kept compare.json names options that the preset had
@@ -100,23 +101,22 @@ study() {  # name -> the words after compare.py
     pathfinder_softmax) pathfinder softmax 1000 ;;
     pathfinder_nystrom) pathfinder nystrom 600 ;;
     pathfinder_softmax_adamw)
-        words=(train_lra.py pathfinder --max_iters=1500 --optimizer=adamw --init=gpt2 "${arms[@]}"
+        words=(train_lra.py $pathfinder_adamw "${arms[@]}"
                --tune learning_rate=1e-3,2e-3,4e-3,8e-3 --tune_seeds=1 --seeds=5) ;;
     # The confirmations ask once more where half-grad led on every seed: at the rates tuned there,
     # on other seeds; on Pathfinder with the baseline at half-grad's rate as well, with AdamW at it
     # alone, which on the tuning seed was as good.
     listops_confirm)
         words=(train_lra.py listops --attention=nystrom --max_iters=2000 --optimizer=adamw
-               --learning_rate=4e-3
-               --arm "off:" --arm "half-grad: $half" --first_seed=11 --seeds=10) ;;
+               --learning_rate=4e-3 --arm "off:" --arm "half-grad: $half"
+               --first_seed=11 --seeds=10) ;;
     pathfinder_confirm)
         words=(train_lra.py pathfinder --max_iters=1000 --matrix_learning_rate=1e-2
                --arm "off: learning_rate=5e-4" --arm "off-slow: learning_rate=2.5e-4"
                --arm "half-grad: learning_rate=2.5e-4 $half" --first_seed=11 --seeds=10) ;;
     pathfinder_confirm_adamw)
-        words=(train_lra.py pathfinder --max_iters=1500 --optimizer=adamw --init=gpt2
-               --learning_rate=2e-3 --arm "off:" --arm "half-grad: $half"
-               --first_seed=11 --seeds=10) ;;
+        words=(train_lra.py $pathfinder_adamw --learning_rate=2e-3
+               --arm "off:" --arm "half-grad: $half" --first_seed=11 --seeds=10) ;;
     classify) images classify 500 adamw ;;
     detect) images detect 1500 adamw ;;
     segment) images segment 600 adamw ;;
