@@ -298,8 +298,9 @@ def table(result: dict[str, dict]) -> str:
     references = {arm: r for arm, r in result.items() if arm in (first, "nanoGPT")}
     header = (f"{'arm':<24}{'dtype':>9}{'loss':>9}{'ms/step':>10} {'quartiles':<17}"
               f"{'tokens/s':>9}{'peak MB':>9}{'util.':>7}{'of GFLOP/s':>11}")
+    width = max(25, *(len(f" time, memory / {other}") for other in references))
     for other in references:
-        header += f"{'time, memory / ' + other:>25}"
+        header += f"{f'time, memory / {other}':>{width}}"
     lines = [header]
     for arm, r in result.items():
         low, high = (f"{1e3 * q:.4g}" for q in r["quartiles"])
@@ -307,7 +308,8 @@ def table(result: dict[str, dict]) -> str:
                 f"{f'[{low}, {high}]':<17}{r['tokens_per_s']:>9.4g}{r['memory']:>9.0f}"
                 f"{r['utilisation']:>7.1%}{r['peak'] / 1e9:>11.0f}")
         for o in references.values():
-            line += f"{r['seconds'] / o['seconds']:>17.3f}{r['memory'] / o['memory']:>8.3f}"
+            ratios = f"{r['seconds'] / o['seconds']:.3f}{r['memory'] / o['memory']:>8.3f}"
+            line += f"{ratios:>{width}}"
         lines.append(line)
     for case in result[first]["sampling"]:
         sequences, length, new = case

@@ -178,12 +178,12 @@ def read_prompts(start: str) -> list[str]:
     content = unescape(start)
     if kind in ("FILE", "LINES"):
         try:
-            content = Path(path).read_text(encoding="utf-8-sig")
+            content = Path(path).read_bytes().decode("utf-8-sig")  # keeps \r, as training does
         except FileNotFoundError:
             raise UserError(f"--start={start}: no such file") from None
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"--start={start}: cannot be read as UTF-8 text ({e})") from None
-    prompts = content.split("\n") if kind == "LINES" else [content]
+    prompts = content.replace("\r\n", "\n").split("\n") if kind == "LINES" else [content]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
         raise UserError("the prompt is empty: give at least one character with --start")

@@ -72,7 +72,7 @@ class Muon(torch.optim.Optimizer):
         self.share()
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         self.adamw.step()
         group = self.param_groups[0]
         shapes = {}

@@ -52,7 +52,7 @@ class OptimConfig(Options):
     weight_decay: Annotated[float, "on matrices only", at_least(0)] = 0.1
     beta1: Annotated[float, "AdamW's", in_range(0, 1)] = 0.9
     beta2: Annotated[float, "AdamW's", in_range(0, 1)] = 0.99
-    adam_eps: Annotated[float, "AdamW's epsilon", at_least(0)] = 1e-8
+    adam_eps: Annotated[float, "AdamW's epsilon", in_range(0, math.inf, closed="high")] = 1e-8
     grad_clip: Annotated[float, "clip the gradient to this norm; 0: never", at_least(0)] = 1.0
     fused: Annotated[bool, "AdamW as one kernel; off: an operation at a time"] = True
 

@@ -67,10 +67,11 @@ def run(main: Callable[[], None]):
     try:
         try:
             main()
-        except RuntimeError as e:
-            if "memory" not in str(e) or "alloc" not in str(e):
+        except (RuntimeError, MemoryError) as e:
+            text = str(e) or type(e).__name__
+            if isinstance(e, RuntimeError) and not ("memory" in text and "alloc" in text):
                 raise
-            raise OwnError(f"out of memory ({str(e).splitlines()[0][:200]}): lower --batch_size, "
+            raise OwnError(f"out of memory ({text.splitlines()[0][:200]}): lower --batch_size, "
                            "--block_size or the model's size") from e
         finally:
             sys.stdout.flush()

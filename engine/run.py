@@ -34,6 +34,7 @@ from engine.parallel import check_shard, like, whole
 
 RESULT = "test.json"
 LOCK = "lock"
+OWN = ("scratch", "resume", "auto")  # init_from: no other model's weights
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -145,6 +146,9 @@ def open_run(cls: type, argv: list[str], doc: str) -> Run:
     config = options.build(cls, preset | typed)
     try:
         if not goes_on(config, typed):
+            first = preset.get("init_from", "auto")
+            if config.init_from == "auto" and first not in OWN:
+                config = replace(config, init_from=first)  # nothing to resume: as the preset says
             return Run(config, preset | typed)
         return resume(config, preset, typed)
     except UserError as e:
@@ -159,7 +163,7 @@ def goes_on(config, typed: dict) -> bool:
     """
     folder = Path(config.out_dir)
     exists = (folder / "ckpt.pt").exists()
-    own = config.init_from in ("scratch", "resume", "auto")
+    own = config.init_from in OWN
     if config.init_from in ("resume", "auto") and config.overwrite:
         raise UserError(f"--init_from={config.init_from} goes on with the run that --overwrite "
                         "would replace: choose one")
@@ -203,7 +207,8 @@ def resume(config, preset: dict, typed: dict) -> Run:
         new = config.batch_size * getattr(config, name)
         if new != old and not config.eval_only:
             raise UserError(f"batch_size x {name} = {new} cannot change on resume: the run has "
-                            f"{old}. Choose two factors of that")
+                            f"{old}. Choose a batch_size that divides it, and {old} / batch_size "
+                            f"for {name}")
     if os.environ.get("RANK", "0") == "0":
         announce(config, saved, typed)
     return Run(config, typed, saved)

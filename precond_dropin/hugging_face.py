@@ -6,7 +6,7 @@ from functools import cache
 
 from torch.compiler import assume_constant_result
 
-from precond import note, scale_rows
+from precond import check_constants, note, scale_rows
 from precond_dropin.sdpa import current_options
 
 _answered: set[str] = set()  # names that models with a table of classes answer
@@ -22,6 +22,7 @@ def register_transformers(name: str = "preconditioned", *, grad: bool = False, e
     changes every model that has it. Raises ImportError without transformers, ValueError for a name
     that is not free.
     """
+    check_constants(power, scale)
     try:
         import transformers
         from transformers.integrations.sdpa_attention import sdpa_attention_forward

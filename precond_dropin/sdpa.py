@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointFunction
 
-from precond import precondition
+from precond import check_constants, precondition
 
 _sdpa = F.scaled_dot_product_attention  # PyTorch's, out of any context
 _entered: list[dict] = []  # the options of all open contexts, of whatever thread
@@ -75,6 +75,7 @@ def precondition_sdpa(*, grad: bool = False, eps: float = 1e-8, power: float = 1
     nn.MultiheadAttention with need_weights=True (its default), TorchScript, attention written out
     by hand, threads that the model starts itself (nn.DataParallel). `check` tells.
     """
+    check_constants(power, scale)
     options = dict(grad=grad, eps=eps, power=power, scale=scale)
     with _entering:
         if not _entered:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 import torch
 import torch.nn as nn
 
-from precond import calls_done, head_scale, note, scale_rows
+from precond import calls_done, check_constants, note, scale_rows
 
 ATTENTION = re.compile(r"att(n|ention|ending)|xca", re.IGNORECASE)  # in a class's or module's name
 PROJECTIONS = ("o", "o_proj", "out_proj", "output_proj", "c_proj", "proj", "proj_out", "to_out",
@@ -28,6 +28,14 @@ REFUSED = {
     "OutlookAttention": "its heads are folded over neighbouring tokens before the projection",
     "CascadedGroupAttention": "each head's output enters the next head",
 }
+
+
+class Elsewhere(threading.local):
+    """How often this thread has preconditioned in another way than by one handle's hooks."""
+    own = 0  # by these
+
+    def calls(self) -> int:
+        return calls_done() - self.own
 
 
 class Wrapped(AbstractContextManager):
@@ -78,12 +86,13 @@ def wrap(model: nn.Module, pattern: str | None = None, heads: int | None = None,
     compiled: compile it afterwards. RuntimeError in a forward pass whose attention never called its
     projection, or where another way has already preconditioned its input.
     """
-    head_scale(scale, 1)
+    check_constants(power, scale)
     if heads is not None and heads < 1:
         raise ValueError(f"heads={heads}: give the number of heads, 1 or more")
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None):
-        raise ValueError("a compiled model does not see new hooks: wrap the model, then compile it")
     modules = dict(model.named_modules())
+    if any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None)
+           for module in modules.values()):
+        raise ValueError("a compiled model does not see new hooks: wrap the model, then compile it")
     handle = Wrapped(model)
     if pattern is None:
         found = [name for name in modules if is_projection(name, modules)]
@@ -111,28 +120,30 @@ def wrap(model: nn.Module, pattern: str | None = None, heads: int | None = None,
         left = f", but {', '.join(handle.left[:8])} look like attention" if handle.left else ""
         raise ValueError(f"no output projection was found in {handle.kind}{left}: give a pattern "
                          "for their names, and heads")
+    elsewhere = Elsewhere()
     for name in found:  # now that nothing more is refused
-        attach(handle, name, modules, attention_of(name, modules), (grad, eps, power, scale))
+        attach(handle, name, modules, elsewhere, (grad, eps, power, scale))
     handle.unused = dict.fromkeys(found, False)
     handle.hooks.append(model.register_forward_hook(handle.all_used))
     return handle
 
 
-def attach(handle: Wrapped, name: str, modules: dict, owner: str, options: tuple):
+def attach(handle: Wrapped, name: str, modules: dict, elsewhere: Elsewhere, options: tuple):
     module, n_head = modules[name], handle.attached[name]
+    owner = attention_of(name, modules)
     layer = first_layer(module)
     if not hasattr(layer, "weight"):  # an activation
         layer = first_layer(modules[owner])
     channels_last = not isinstance(layer, nn.Conv1d | nn.Conv2d)
     # NesT writes the features of a head apart, (D, n_head), not (n_head, D).
     apart = type(modules[owner]).__module__ == "timm.models.nest"
-    began = threading.local()  # .calls: how many were preconditioned when the attention began
+    began = threading.local()  # .calls: those of elsewhere when the attention began
 
     def start(*_):
         if name in handle.unused:
             handle.unused[name] = True
         if not torch.compiler.is_compiling():  # a count would be a reason to compile again
-            began.calls = calls_done()
+            began.calls = elsewhere.calls()
 
     def precondition_heads(_, args):
         handle.unused.pop(name, None)
@@ -142,7 +153,7 @@ def attach(handle: Wrapped, name: str, modules: dict, owner: str, options: tuple
         if x.size(-1) % n_head:
             raise ValueError(f"{name} gets {x.size(-1)} inputs, which {n_head} heads do not divide")
         counts = not torch.compiler.is_compiling()
-        if counts and getattr(began, "calls", None) not in (None, calls_done()):
+        if counts and getattr(began, "calls", None) not in (None, elsewhere.calls()):
             raise RuntimeError(f"the attention of {name} is preconditioned already, in another "
                                "way: use one of them")
         a = x.unflatten(-1, (-1, n_head)).mT if apart else x.unflatten(-1, (n_head, -1))
@@ -150,6 +161,7 @@ def attach(handle: Wrapped, name: str, modules: dict, owner: str, options: tuple
         before = heads_first(a)
         note(before, before if ca is a else heads_first(ca))
         if counts:
+            elsewhere.own += ca is not a
             began.calls = None
         if ca is a:
             return None

@@ -142,6 +142,8 @@ def test_ratios_that_may_be_noise_say_so():
                         "precond 7.463 tokens/s (1.49 x baseline, or noise) (2.99 x nanoGPT), "
                         "nanoGPT 2.5 tokens/s (0.5 x baseline)")
     assert caution == "time / baseline may be noise, the quartiles overlap: precond"
+    long = bench.table({"muon_interval_3": arm(1, 2, 3), "nanoGPT": arm(4, 5, 6)}).splitlines()[:3]
+    assert len({len(line) for line in long}) == 1 and " time, memory / muon_interval_3" in long[0]
     assert "noise" not in bench.table({"baseline": arm(1, 2, 3), "precond": arm(4, 5, 6)})
     text = bench.table({"baseline": arm(1, 2, 3), "precond": arm(4, 5, 6, steps=7)})
     assert text.endswith("ratios of fewer than 8 steps may be noise: raise --rounds")

@@ -203,6 +203,14 @@ def test_training_goes_on_from_an_export(corpus, tmp_path, call):
         assert code == 0, err
         config = checkpoint.read(tmp_path / name / "ckpt.pt")["config"]
         assert (config["block_size"], config["precond"], config["precond_power"]) == expected
+    # A preset says what to start from; a scheduler, to go on where there is something.
+    preset = tmp_path / "preset.toml"
+    preset.write_text(f'init_from = "{folder}"\n')
+    more = [preset, *corpus, "--max_iters=0", *SMALL[-3:], f"--out_dir={tmp_path / 'auto'}"]
+    for _ in range(2):
+        assert call(train, *more, "--init_from=auto")[0] == 0
+    assert read_metrics(tmp_path / "auto")[0]["val_loss"] == read_metrics(
+        tmp_path / "same")[0]["val_loss"]
     before, same, off = (read_metrics(tmp_path / name) for name in ("run", "same", "off"))
     assert same[0]["val_loss"] == pytest.approx(before[-1]["val_loss"], abs=1e-5)
     assert abs(off[0]["val_loss"] - before[-1]["val_loss"]) > 1e-4

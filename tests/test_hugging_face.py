@@ -373,6 +373,13 @@ def test_without_preconditioning_check_raises(tf):
             precond.check(model, **inputs)
 
 
+@pytest.mark.parametrize("options", [dict(power="learned"), dict(scale="foo"),
+                                     dict(power=torch.ones(2))])
+def test_options_that_are_no_numbers_are_refused_at_once(tf, options):
+    with pytest.raises(ValueError, match="must be a finite number"):
+        precond.register_transformers("never", **options)
+
+
 def test_register_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     message = "^register_transformers needs transformers: pip install 'transformers>=5'$"

@@ -177,6 +177,18 @@ def test_an_interrupted_program_says_so(capsys):
     assert e.value.code == 130 and capsys.readouterr().err == "\ninterrupted\n"
 
 
+@pytest.mark.parametrize("problem, said", [
+    (MemoryError(), "MemoryError"), (MemoryError("Unable to allocate 9 GiB"), "Unable to allocate"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 9 GiB\nmore"), "Tried to allocate")])
+def test_out_of_memory_is_one_line(problem, said, capsys):
+    def full():
+        raise problem
+    with pytest.raises(SystemExit) as e:
+        options.run(full)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and said in err and err.count("\n") == 1 and "--batch_size" in err
+
+
 @pytest.mark.parametrize("local, kind, said", [("0", "DataError", "-c: error: no room\n"),
                                                ("1", "DataError", ""),
                                                ("1", "OwnError", "-c: error: no room\n")])

@@ -1,7 +1,6 @@
 """precond.py against explicit fp64 formulas, forward and backward; kappa against numpy."""
 import math
 import re
-import runpy
 import subprocess
 import sys
 
@@ -236,10 +235,10 @@ def test_record():
     assert not failed
 
 
-def test_demonstration(capsys):
+def test_demonstration():
     """python precond.py prints kappa for several sharpnesses and a case where it rises."""
-    runpy.run_path(precond.__file__, run_name="__main__")
-    out = capsys.readouterr().out
+    # In a process of its own: it takes SIGPIPE as it comes, which would end all tests.
+    out = shell(precond.__file__).stdout
     rows = {}
     for sharpness, before, after in re.findall(r"^ +([\d.]+) +([\d.]+) +([\d.]+)$", out, re.M):
         rows[float(sharpness)] = float(before), float(after)
@@ -305,10 +304,15 @@ def test_learned_scale_gets_its_gradient(grad, power):
 
 @pytest.mark.parametrize("options, words", [
     (dict(power=math.nan), "power=nan"), (dict(power=math.inf), "power=inf"),
+    (dict(power="learned"), "power='learned'"),
     (dict(scale=math.nan), "scale=nan"), (dict(scale="sqrt"), "scale='sqrt'.*number or 'sqrt_d'")])
 def test_what_is_no_number_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         precondition(draw(3, 4), **options)
+    with pytest.raises(ValueError, match=words), precond.precondition_sdpa(**options):
+        pass
+    with pytest.raises(ValueError, match=words):
+        precond.wrap(torch.nn.Linear(3, 3), **options)
 
 
 def test_condition_number_without_entries():

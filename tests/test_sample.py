@@ -164,6 +164,9 @@ def test_prompts_of_a_file_s_lines(tmp_path):
     assert sample.read_prompts(r"a\n\tb\\n\x") == ["a\n\tb\\n\\x"]
     (tmp_path / "prompts.txt").write_text("\ufeffone\\n", encoding="utf-8")
     assert sample.read_prompts(f"FILE:{tmp_path / 'prompts.txt'}") == ["one\\n"]
+    (tmp_path / "prompts.txt").write_bytes(b"one\r\ntwo\r\n")  # which training keeps, too
+    assert sample.read_prompts(f"FILE:{tmp_path / 'prompts.txt'}") == ["one\r\ntwo\r\n"]
+    assert sample.read_prompts(f"LINES:{tmp_path / 'prompts.txt'}") == ["one", "two"]
 
 
 @pytest.fixture

@@ -123,6 +123,11 @@ def test_wrap_before_what_has_no_weight():
         torch.testing.assert_close(net(image), expected)
 
 
+def in_place(block):
+    block.compile(backend="eager")
+    return block
+
+
 def test_what_wrap_refuses():
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="no output projection was found in Linear"):
@@ -140,6 +145,9 @@ def test_what_wrap_refuses():
         precond.wrap(model(), scale="sqrt")
     with pytest.raises(ValueError, match="wrap the model, then compile it"):
         precond.wrap(torch.compile(model(), backend="eager"))
+    for compiled in (lambda block: torch.compile(block, backend="eager"), in_place):
+        with pytest.raises(ValueError, match="wrap the model, then compile it"):
+            precond.wrap(Model(Attention(), compiled(Attention())))
     refused = type("OutlookAttention", (Attention,), {})
     partly = Model(Attention(), refused())
     with pytest.raises(ValueError, match="OutlookAttention cannot be wrapped: its heads are"):
@@ -177,6 +185,50 @@ def test_twice_is_an_error():
         net(X)
     with precond.wrap(net, r"1\.proj"), precond.precondition_sdpa():  # one each
         assert precond.check(net, X) == 2
+
+
+class Mixer(nn.Module):
+    """A name that does not look like attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+class JointAttention(Mixer):
+    """One attention with two projections, as those of text and image together have it."""
+    num_heads = HEADS
+
+    def __init__(self):
+        super().__init__()
+        self.proj_out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.proj(x) + self.proj_out(x)
+
+
+class OuterAttention(Attention):
+    def __init__(self):
+        super().__init__()
+        self.local_attn = Attention()
+
+    def forward(self, x):
+        return super().forward(self.local_attn(x))
+
+
+@pytest.mark.parametrize("net, words", [
+    (Model(Mixer(), Mixer()), dict(pattern=r"\d\.proj$", heads=HEADS)),
+    (Model(JointAttention()), {}), (Model(OuterAttention()), {})])
+def test_projections_of_one_attention_are_no_two_ways(net, words):
+    """Nor are those whose attention is not to be seen, so that the model stands for all."""
+    with precond.wrap(net, **words) as handle, precond.record() as calls:
+        net(X)
+        assert len(calls) == 2 == len(handle.attached)
+        with precond.wrap(net, **words), pytest.raises(RuntimeError, match="already, in another"):
+            net(X)
 
 
 @pytest.mark.slow
