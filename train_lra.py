@@ -257,8 +257,8 @@ def main():
         if compute.main:
             meta = task.meta
             counts = ", ".join(f"{n:,} {split}" for split, n in meta["counts"].items())
-            print(f"data: {task.folder}, {counts}, {sum(meta['cut'].values()):,} cut at "
-                  f"block_size={config.block_size}\n"
+            print(f"data: {task.folder}, {meta['made']}, {counts}, "
+                  f"{sum(meta['cut'].values()):,} cut at block_size={config.block_size}\n"
                   f"model: {model.n_parameters():,} parameters, attention={config.attention}, "
                   f"{config.describe_precond()}\n"
                   f"compute: {compute.describe()}", flush=True)

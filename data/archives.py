@@ -92,6 +92,24 @@ def files(source: Path, release: Release) -> Iterator[tuple[str, BinaryIO]]:
                         f"({size}, {home})")
 
 
+def stamps(files: dict[str, Path]) -> dict[str, list[int]]:
+    """Size and time of each file: others when it has been changed."""
+    found = {name: path.stat() for name, path in files.items()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
+def read_from(source: Path, release: Release) -> dict[str, Path]:
+    """The archive, or those parts of the folder it was unpacked to that are files, by their names.
+
+    Empty where they are gone, and for a folder of folders, such as images.
+    """
+    if source.is_file():
+        return {source.name: source}
+    folder = inner_folder(source, release)
+    parts = release.parts if folder else ()
+    return {part: folder / part for part in parts if (folder / part).is_file()}
+
+
 def _part(name: str, release: Release) -> str | None:
     """The part that a file belongs to; None for files that are not read."""
     for word in name.split("/"):

@@ -110,9 +110,9 @@ class Annotations:
     classes: names, in the order of category ids. What `samples` leaves out or changes is kept too:
     unreadable: images, each with the reason. turned: how many images were turned as their EXIF
     orientation says. vanished: how many objects have no area, or are too small. cut: how many boxes
-    reach outside their image. records: of the validation images, each with its annotations as
-    `average_precision` takes them, in pixels of the original, without those that have no area in
-    it.
+    reach outside their image. tiny: how many are narrower than a pixel. records: of the validation
+    images, each with its annotations as `average_precision` takes them, in pixels of the original,
+    without those that have no area in it.
     """
 
     def __init__(self, source: Path, split: str, masks: bool):
@@ -126,7 +126,7 @@ class Annotations:
         self.path, = found
         self.split, self.masks = split, masks
         self.unreadable, self.records = [], []
-        self.turned = self.vanished = self.cut = 0
+        self.turned = self.vanished = self.cut = self.tiny = 0
         content = self._read()
         self.images = self._by_id(content, "images")
         self.categories = self._by_id(content, "categories")
@@ -281,6 +281,7 @@ class Annotations:
             if right <= left or bottom <= top:
                 self.vanished += 1
                 continue
+            self.tiny += int(min(width, height) < 1)
             known = {"category_id": self.ids.index(a["category_id"]), "bbox": a["bbox"],
                      "area": a.get("area", width * height), "iscrowd": int(a.get("iscrowd", 0))}
             annotations.append(known)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data import coco, shapes
-from data.archives import complete
+from data.archives import complete, stamps
 from data.cifar import ARCHIVE, CLASSES, cifar10
 from data.folders import check, checksums, ensure, read_meta, reading
 from data.order import Shuffled
@@ -64,7 +64,8 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
         check(folder, meta)
         truth = None if task == "classify" else json.loads((folder / "val.json").read_text())
         train, val = (Stored(folder, split, meta) for split in ("train", "val"))
-        now = stamps(Path(source))  # empty without the source: the prepared folder is enough
+        # Empty without the source: the prepared folder is enough.
+        now = stamps(read_from(Path(source)))
         if now and now != meta["stamps"]:
             raise DataError(f"{source} has changed since {folder} was made of it: "
                             f"delete {folder} to read it again")
@@ -217,7 +218,7 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
             hint = f"; {name} ({megabytes}) is at {home}" if task == "classify" else ""
             raise DataError(f"--source={source}: there is nothing of that name to read{hint}")
         print(f"preparing {task} in {folder}: reading {source}", flush=True)
-        made_of = stamps(source)  # before it is read: a change meanwhile is noticed later
+        made_of = stamps(read_from(source))  # before it is read: a change meanwhile counts
         with complete(source):
             if task == "classify":
                 found = _fill_cifar10(work, source, size)
@@ -234,8 +235,8 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
     return folder
 
 
-def stamps(source: Path) -> dict[str, list[int]]:
-    """Size and time of the archive, the annotations or CIFAR-10's batches.
+def read_from(source: Path) -> dict[str, Path]:
+    """The archive, the annotations or CIFAR-10's batches, by their names.
 
     It is empty where they are gone. Hidden files are not read: macOS leaves some beside each file.
     """
@@ -244,12 +245,7 @@ def stamps(source: Path) -> dict[str, list[int]]:
         patterns = ("annotations/instances_train*.json", "annotations/instances_val*.json",
                     "*_batch*", "cifar-10-batches-py/*_batch*")
         files = [file for pattern in patterns for file in source.glob(pattern)]
-    found = {}
-    for file in sorted(files):
-        if not file.name.startswith("."):
-            stat = file.stat()
-            found[file.name] = [stat.st_size, stat.st_mtime_ns]
-    return found
+    return {file.name: file for file in sorted(files) if not file.name.startswith(".")}
 
 
 def _fill_cifar10(work: Path, source: Path, size: int) -> dict:
@@ -291,15 +287,16 @@ def _fill_coco(work: Path, source: Path, masks: bool, size: int) -> dict:
     for count, what in (
             (train.cut + val.cut, "boxes reach outside their image and are cut there: are they x, "
                                   "y, width, height?"),
+            (train.tiny + val.tiny, "boxes are narrower than a pixel: are they in pixels?"),
             (train.turned + val.turned, "images are turned as their EXIF orientation says"),
             (len(train.files() & val.files()), "images are in both splits: the metric is not that "
                                                "of unseen ones")):
         if count:
             print(f"{count:,} {what}", flush=True)
     empty = len(train.images) - len(train.unreadable) - n_train
+    lost = f"objects without an area{f' or too small at {size} x {size}' if masks else ''}"
     skipped = {"unreadable images": len(unreadable), "training images without objects": empty,
-               f"objects without an area or too small at {size} x {size}":
-                   train.vanished + val.vanished}
+               lost: train.vanished + val.vanished}
     counts = {"train": n_train, "val": n_val}
     return {"classes": val.classes, "counts": counts, "skipped": skipped}
 

@@ -28,7 +28,7 @@ import numpy as np
 if __name__ == "__main__":  # python data/lra.py looks for modules in data/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from data import listops
-from data.archives import complete, find
+from data.archives import complete, find, read_from, stamps
 from data.folders import check, checksums, ensure, read_meta, reading
 from data.lra_sources import SPLITS, TASKS, samples
 from engine import options
@@ -42,7 +42,7 @@ def prepare(task: str, data_dir: str | Path = "data", *, source: str | Path | No
     block_size: tokens a sequence is cut at (None: the published length).
     source: a released archive or the folder it was unpacked to. None: listops, pathfinder and
         pathx are generated from `seed` and `generate`, the other tasks are looked for in data_dir.
-        A source that changed under the same name is not noticed: delete the prepared folder.
+        That an archive or a table changed is an error; that one of many files did is not noticed.
     generate: how many samples (train, val, test), and keyword arguments of listops.generate or
         pathfinder.generate.
 
@@ -56,6 +56,11 @@ def prepare(task: str, data_dir: str | Path = "data", *, source: str | Path | No
     text = json.dumps(parameters, sort_keys=True)
     folder = Path(data_dir) / f"lra_{task}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
     ensure(folder, lambda work: _fill(work, parameters, folder, source), task)
+    if source is not None:  # which may be gone: the prepared folder is enough
+        now = stamps(read_from(Path(source), TASKS[task].release))
+        if now and now != read_meta(folder).get("stamps", now):  # older folders have none
+            raise DataError(f"{source} has changed since {folder} was made of it: delete {folder} "
+                            "to read it again")
     return folder
 
 
@@ -96,6 +101,7 @@ def _fill(work: Path, parameters: dict, folder: Path, source) -> dict:
     task = parameters["task"]
     spec = TASKS[task]
     path = None
+    made_of = {}
     made = "generated"
     if parameters["generate"]:
         said = ", ".join(f"{name}={value}" for name, value in parameters["generate"].items())
@@ -106,6 +112,7 @@ def _fill(work: Path, parameters: dict, folder: Path, source) -> dict:
         if not path.is_file() and not path.is_dir():  # a pipe would wait for its writer
             hint = " (leave the source out to generate)" if spec.generate else ""
             raise DataError(f"{task}: there is no {path} that is a file or a folder{hint}")
+        made_of = stamps(read_from(path, spec.release))  # a change meanwhile counts
         print(f"preparing {task} in {folder}: reading {path}", flush=True)
     with complete(path):
         writers = _write(work, parameters, path)
@@ -119,7 +126,7 @@ def _fill(work: Path, parameters: dict, folder: Path, source) -> dict:
           "unreadable and skipped", flush=True)
     sizes = {file.name: file.stat().st_size for file in sorted(work.glob("*.npy"))}
     return {**parameters, "made": made, **_facts(task, splits), "cut": cut, "skipped": skipped,
-            "sizes": sizes, **checksums(work)}
+            "sizes": sizes, "stamps": made_of, **checksums(work)}
 
 
 def _write(work: Path, parameters: dict, source: Path | None) -> dict:

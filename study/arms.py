@@ -38,6 +38,9 @@ def make_arms(vary: list[str], named: list[str]) -> list[Arm]:
     arms += map(named_arm, named)
     if len(arms) < 2:
         raise UserError("nothing to compare: give --vary KEY=VALUE,VALUE, or --arm twice")
+    for arm in arms:
+        if len(set(arm.keys)) < len(arm.keys):
+            raise UserError(f"the arm {arm.name!r} sets one option twice")
     if len({arm.name for arm in arms}) < len(arms):
         raise UserError("two arms have the same name: every arm and every value of --vary must "
                         "be another")

@@ -27,7 +27,9 @@ def read_comparison(path: Path) -> dict:
                   for name, arm in report["arms"].items() if "kappa" in arm}
         return {"metric": METRICS[report["metric"]], "pairs": pairs, "points": points,
                 "first": next(iter(report["arms"]))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is no compare.json of this version ({e!r})") from None
 
 
@@ -112,7 +114,7 @@ def conditioning(studies: dict[str, dict]):
         rank = stats.scipy_stats().spearmanr(kappas, finals)
         ax.set_title(f"{name}\n{len(kappas)} runs, rank correlation {rank.statistic:+.2f} "
                      f"(p {rank.pvalue:.2g})", loc="left")
-        ax.set_ylabel(f"{metric.label} ({metric.better} is better)")
+        ax.set_ylabel(f"{metric.label} ({metric.drawn_unit}; {metric.better} is better)")
         ax.set_xlabel("kappa")
         low, high = ax.get_xlim()
         if high < 30 * low:  # it holds one power of ten at most

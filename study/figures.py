@@ -1,4 +1,5 @@
 """Runs as figures for a paper; plot.py says which, and what their lines and bands are."""
+import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +20,16 @@ from study.spectra import spectra
 BEFORE, AFTER, WOULD_BE = "--", "-", ":"
 
 
-def owner(groups: Folders) -> str:
-    """What identifies the runs in the metadata of their figures."""
-    return hash_of(sorted(str(path.resolve()) for paths in groups.values() for path in paths))
+def owner(groups: Folders, out: Path) -> str:
+    """What identifies the runs in the metadata of their figures in `out`, moved with it or not."""
+    return hash_of(sorted(os.path.relpath(path.resolve(), out.resolve())
+                          for paths in groups.values() for path in paths))
 
 
 def check_folder(groups: Folders, out: Path):
     """Raises UserError where `out` holds the figures of other runs."""
     there = out / "validation.svg"
-    if there.exists() and owner(groups) not in there.read_text(encoding="utf-8"):
+    if there.exists() and owner(groups, out) not in there.read_text(encoding="utf-8"):
         raise UserError(f"{out} holds figures of other runs: choose another folder with "
                         f"--out=NAME, or remove them")
 
@@ -53,7 +55,7 @@ def draw(groups: Folders, out: Path, x: str = "step", layer: int = -1) -> list[P
             figures["spectrum"] = spectrum(runs, spectra(runs, layer), layer)
         except DataError as e:
             print(f"no spectrum: {e}", flush=True)
-        return write(figures, out, owner(groups))
+        return write(figures, out, owner(groups, out))
 
 
 def draw_comparisons(paths: list[Path], out: Path) -> list[Path]:
@@ -62,7 +64,13 @@ def draw_comparisons(paths: list[Path], out: Path) -> list[Path]:
     Raises UserError.
     """
     with rc_context()(STYLE):
-        studies = {path.stem: read_comparison(path) for path in paths}
+        studies = {}
+        for path in paths:
+            # As compare.py names it, or as it was kept.
+            name = path.resolve().parent.name if path.stem == "compare" else path.stem
+            if name in studies:
+                raise UserError(f"two comparisons have the name {name}: rename one")
+            studies[name] = read_comparison(path)
         figures = {"forest": forest(studies)}
         if against_kappa := conditioning(studies):
             figures["conditioning"] = against_kappa

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = {"seed": "--seeds and --first_seed choose the seeds",
         "out_dir": "--out_dir is the comparison's", "overwrite": "finished runs are kept",
         "eval_only": "a comparison trains"}
+SIZES = {"block_size", "image_size"}  # of a sample
 TUNE_SEED = 100_001  # the first of the seeds that --tune uses
 WIDENINGS = 3  # values beyond those given that --tune may try
 POLL = 0.5  # seconds between looks at the jobs
@@ -42,6 +43,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 class Job:
     arm: str
     seed: int
+    chosen: dict[str, str]  # values of tuned options
     words: list[str]
     folder: Path
     identity: dict
@@ -87,7 +89,7 @@ class Comparison:
         for name in OURS.keys() & self.parse([])[1].keys():
             raise UserError(f"--{name} cannot be given here: {OURS[name]}")
         known = options.options(self.module.Config)
-        evaluated = set()
+        evaluated = {}  # what decides it -> its values
         for arm in self.arms:
             for key in self.tunings.keys() & arm.keys:
                 raise UserError(f"{key} is tuned, and set by the arm {arm.name!r}: choose one")
@@ -105,12 +107,15 @@ class Comparison:
                                     "changes nothing without --precond=True: give that too")
                 if values["max_iters"] < 1:
                     raise UserError("max_iters=0 trains nothing that could be compared")
-                evaluated.add(values["batch_size"] * values["eval_iters"])
-        if len(evaluated) > 1:
-            products = " or ".join(map(str, sorted(evaluated)))
-            raise UserError(f"batch_size x eval_iters would be {products}: arms that are evaluated "
-                            "on different samples cannot be paired. Give both options in each "
-                            "--arm, with one product")
+                product = values["batch_size"] * values["eval_iters"]
+                evaluated.setdefault("batch_size x eval_iters", set()).add(product)
+                for key in SIZES & values.keys():
+                    evaluated.setdefault(key, set()).add(values[key])
+        for name, found in evaluated.items():
+            if len(found) > 1:
+                raise UserError(f"{name} would be {' or '.join(map(str, sorted(found)))}: arms "
+                                "that are evaluated on different samples cannot be paired. Give "
+                                "all arms one, by both options where it is a product")
 
     def parse(self, words: list[str]):
         """-> (the script's configuration with these options, those typed). Raises UserError."""
@@ -134,7 +139,7 @@ class Comparison:
         name = re.sub(r"[^A-Za-z0-9._=-]+", "_", arm.name)[:60]
         folder = self.folder / "runs" / f"{name}-{seed}-{hash_of([arm.name, mine])[:12]}"
         takes_gpu = device.type == "cuda" and config.device in ("auto", "cuda")
-        return Job(arm.name, seed, words, folder, mine, takes_gpu)
+        return Job(arm.name, seed, chosen, words, folder, mine, takes_gpu)
 
     def command(self, job: Job) -> list[str]:
         start = job.identity["config"]["init_from"]
@@ -224,7 +229,8 @@ class Comparison:
         self.left -= 1
         seconds = (time.monotonic() - self.since) / self.ended * self.left
         left = f" ({self.left} to go, about {tqdm.format_interval(seconds)})" if self.left else ""
-        print(f"{job.arm}, seed {job.seed}: {how}{left}", flush=True)
+        tuned = "".join(f", {key}={value}" for key, value in job.chosen.items())
+        print(f"{job.arm}{tuned}, seed {job.seed}: {how}{left}", flush=True)
 
     def stop(self, number: int, frame):
         """The first signal lets the jobs save, a second one ends them at once."""

@@ -1,6 +1,7 @@
 """Runs as their folders tell of them, finished or still training: read, grouped, as curves."""
 import itertools
 import json
+import os
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import train_lra
 import train_vision
 from engine import options
 from engine.metrics import judging
-from engine.options import FREE, LOCAL, UserError
+from engine.options import FREE, LOCAL, SOURCE, UserError
 from engine.run import RESULT
 
 SCRIPTS = {"train.py": train, "train_lra.py": train_lra, "train_vision.py": train_vision}
@@ -51,15 +52,22 @@ class Run:
             hint = ""
             if (folder / "runs").is_dir():
                 hint = f". It holds a comparison without a report: draw {folder}/runs/*"
+                if compared(folder):
+                    hint = ". It holds a comparison: draw it alone, or several compare.json"
             raise UserError(f"{folder} is not the folder of a run: "
                             f"{e.filename}: {e.strerror}{hint}") from None
         except ValueError as e:
             raise UserError("the metrics.jsonl or config.toml of "
                             f"{folder} is damaged: {e}") from None
+        for key in options.marked(script_of(config).Config, SOURCE):
+            if config.get(key):
+                config[key] = os.path.normpath(config[key])  # ./my.txt is my.txt
         if lacking := sorted(NEEDED - config.keys()):
             raise UserError(f"{folder / 'config.toml'} lacks {', '.join(lacking)}: "
                             f"was it written by {' or '.join(SCRIPTS)}?")
         run = cls(folder, config, records)
+        if any("kappa_after" not in r for r in run.evaluations):
+            raise UserError(f"{folder / 'metrics.jsonl'} lacks kappa_after: of another version?")
         if len(run.evaluations) < 2 or not any("grad_norm" in r for r in records):
             raise UserError(f"{folder} holds fewer than two evaluations: nothing to draw yet, "
                             "let it train")
@@ -157,7 +165,7 @@ def compared(folder: Path) -> Folders:
     """The runs in a comparison's report that did not diverge, by arm; empty without a report."""
     try:
         arms = json.loads((folder / "compare.json").read_text())["runs"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
     return {arm: [folder / "runs" / name for name in names] for arm, names in arms.items()}
 

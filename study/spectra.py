@@ -50,7 +50,8 @@ def check_data(groups: Groups):
     for run in others:
         if read_checkpoint(run)["task"] != data:
             raise UserError(f"{first.folder} and {run.folder} were trained on different data: "
-                            "the file has changed between them. Draw them separately")
+                            "the file has changed between them, or its size here. Draw them "
+                            "separately")
 
 
 @torch.no_grad()

@@ -80,6 +80,7 @@ def test_boxes_without_an_area_are_no_objects_and_sizes_are_checked(source, tmp_
     prepared(source, tmp_path / "more")
     out = capsys.readouterr().out
     assert "1 boxes reach outside their image and are cut there" in out
+    assert "11 boxes are narrower than a pixel: are they in pixels?" in out
     assert "3.png: it has (80, 64) pixels, in the annotations (1000, 64) (width, height)" in out
 
 

@@ -1,5 +1,6 @@
 """data/lra_sources.py: each reader on a small archive of the released form, and the generated
 tasks, through prepare."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,19 @@ def test_listops_released(tmp_path):
     assert meta["classes"] == 10 and meta["vocab_size"] == 15
     assert meta["baselines"] == {"majority": {"val": 0, "test": 0}, "root": {"val": 0, "test": 0}}
     assert splits["test"].labels.tolist() == [9, 2]
+
+
+@pytest.mark.parametrize("make", [archive, unpack])
+def test_a_source_that_changed_is_noticed(make, tmp_path):
+    source = make(tmp_path / "source", made.listops_files(""))
+    folder = prepare("listops", tmp_path / "data", source=source)
+    assert prepare("listops", tmp_path / "data", source=source) == folder
+    changed = source if source.is_file() else source / "listops-1000/basic_val.tsv"
+    os.utime(changed, (1, 1))
+    with pytest.raises(DataError, match="source has changed since .* was made of it: delete"):
+        prepare("listops", tmp_path / "data", source=source)
+    source.rename(tmp_path / "gone")  # the prepared folder is enough
+    assert prepare("listops", tmp_path / "data", source=source) == folder
 
 
 def test_listops_of_two_copies_the_inner_folder_and_the_first_in_an_archive(tmp_path):

@@ -249,7 +249,15 @@ def test_the_forest_has_every_difference_and_better_is_right(tmp_path, call):
     code, out, _ = call(plot, loss, accuracy, f"--out={tmp_path}")
     assert code == 0 and (tmp_path / "forest.png").exists() and "forest.svg" in out
     assert (tmp_path / "conditioning.png").exists()
-    assert "no compare.json" in error(call(plot, tmp_path / "nothere.json"))
+    assert "cannot read" in error(call(plot, tmp_path / "nothere.json"))
+    kept = []  # as compare.py writes them: by the names of their folders
+    for folder in tmp_path / "out-one", tmp_path / "out-two":
+        folder.mkdir()
+        kept.append(shutil.copy(loss, folder / "compare.json"))
+    assert call(plot, *kept, f"--out={tmp_path / 'both'}")[0] == 0
+    drawn = (tmp_path / "both" / "forest.svg").read_text()
+    assert "out-one: loss" in drawn and "out-two: loss" in drawn
+    assert "two comparisons have the name out-one" in error(call(plot, *kept, kept[0]))
     loss.write_text("[]")
     assert "no compare.json" in error(call(plot, loss))
 
@@ -261,7 +269,7 @@ def test_the_final_metric_against_kappa(tmp_path):
     accuracy.write_text(json.dumps({"metric": "val_accuracy", "arms": arms}))
     ax, = conditioning({"listops": read_comparison(accuracy)}).axes
     assert ax.get_title(loc="left").startswith("listops\n4 runs, rank correlation -0.95")
-    assert "higher is better" in ax.get_ylabel()
+    assert ax.get_ylabel() == "accuracy (%; higher is better)"
     del arms["off"]["kappa"], arms["paper"]["kappa"]
     old = tmp_path / "old.json"
     old.write_text(json.dumps({"metric": "val_accuracy", "arms": arms}))

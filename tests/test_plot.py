@@ -69,6 +69,9 @@ def test_figures_of_other_runs_are_kept(tmp_path, call, monkeypatch):
     one, two = invent(tmp_path / "one"), invent(tmp_path / "two", seed=2)
     for run in one, two:  # a run has a folder of its own for them
         assert f"{run}/figures/validation.svg" in call(plot, run)[1]
+    moved = shutil.move(one, tmp_path / "moved")
+    assert call(plot, moved)[0] == 0
+    shutil.move(moved, one)
     assert call(plot, one)[0] == call(plot, one, two)[0] == 0
     assert (tmp_path / "figures" / "kappa.svg").exists()
     before = (tmp_path / "figures" / "validation.svg").read_bytes()
@@ -118,6 +121,17 @@ def test_folders_that_hold_no_run(tmp_path, call):
     assert "lacks grad_clip, precond, seed" in error(call(plot, run))
     (run / "config.toml").write_text("n_layer = \n")
     assert "config.toml" in error(call(plot, run))
+    older = invent(tmp_path / "older")
+    metrics = older / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("kappa_after", "kappa"))
+    assert "lacks kappa_after: of another version?" in error(call(plot, older))
+    for name in "one", "two":
+        invent(tmp_path / name / "runs" / "1")
+        (tmp_path / name / "compare.json").write_text('{"runs": {"off": ["1"]}}')
+    said = error(call(plot, tmp_path / "one", tmp_path / "two"))
+    assert said.endswith("It holds a comparison: draw it alone, or several compare.json")
+    (tmp_path / "one" / "compare.json").write_text("[]")
+    assert "without a report" in error(call(plot, tmp_path / "one"))
     new = invent(tmp_path / "new", steps=[0])
     assert "holds fewer than two evaluations" in error(call(plot, new))
 
@@ -126,6 +140,8 @@ def test_runs_that_do_not_compare(tmp_path, call):
     run = invent(tmp_path / "run")
     same = invent(tmp_path / "same")
     assert f"{run} and {same} are the same run, seed 1" in error(call(plot, run, same))
+    here = invent(tmp_path / "here", dataset="./text.txt", seed=2)
+    assert call(plot, run, here, f"--out={tmp_path / 'here'}")[0] == 0
     short = invent(tmp_path / "short", precond=True, steps=(0, 10))
     assert f"{run} ends at step 20, {short} at step 10" in error(call(plot, run, short))
     said = error(call(plot, run, short, "--x=tokens"))

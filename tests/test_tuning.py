@@ -25,6 +25,7 @@ def test_each_arm_gets_its_own_rate_from_other_seeds(study, tmp_path):
     assert list(rates(result)["precond_power=0"])[3:] == ["0.0003333333333"]
     assert list(rates(result)["precond_power=1"])[3:] == ["0.03333333333"]
     assert "at the end of the values tried: a wider" not in out
+    assert "precond_power=0, learning_rate=3e-3, seed 100001: " in out
     words = [(f / "started.txt").read_text() for f in folders(tmp_path / "out")]
     tuning = [w for w in words if "--seed=100001" in w]
     reported = [w for w in words if "--seed=1 " in w or "--seed=2 " in w]
