@@ -10,7 +10,7 @@
 # so that a study takes up to an hour: characters a fourth of theirs, ListOps a half, images an
 # eighth to three eighths, Pathfinder two thirds or two fifths, with AdamW as many as the preset.
 # characters_muon and characters_adamw have their whole length: one and a half hours or more each.
-# So long takes characters_384 too, and listops_full_slow an hour more.
+# So long takes characters_384 too, listops_full and listops_full_slow an hour more.
 #
 # Some defaults were others when these studies ran, and their kept compare.json do not name them:
 # AdamW on images and ListOps, Muon's momentum of 0.95 on characters, its interval of 1 on ListOps,
@@ -85,13 +85,15 @@ study() {  # name -> the words after compare.py
         arms=("${few[@]}")
         listops nystrom muon "${matrices[@]}" ;;
     listops_linear_muon) listops linear muon "${matrices[@]}" ;;
-    # The whole preset: an hour and a half. The kept compare.json names options that the preset had
+    # The whole preset: two hours and a half. The kept compare.json names options that the preset had
     # not yet.
     listops_full)
         words=(train_lra.py config/lra_listops.toml --attention=nystrom
                --arm "off:" --arm "paper: precond=True"
                --arm "paper-slow: precond=True learning_rate=1e-3"
-               --arm "paper-fast: precond=True learning_rate=4e-3" --seeds=1) ;;
+               --arm "paper-fast: precond=True learning_rate=4e-3"
+               --arm "off-slow: learning_rate=1e-3" --arm "off-fast: learning_rate=4e-3"
+               --seeds=1) ;;
     # At the literature's rate, for its steps. The kept compare.json is from when these were the
     # preset's, which its own command does not name.
     listops_full_slow)
