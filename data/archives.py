@@ -98,6 +98,17 @@ def stamps(files: dict[str, Path]) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
+def check_unchanged(source: Path | str, files: dict[str, Path], folder: Path, meta: dict):
+    """Raises DataError where the files of a source are not as they were when `folder` was made.
+
+    They may be gone: the prepared folder is enough. Older folders do not say how they were.
+    """
+    now = stamps(files)
+    if now and now != meta.get("stamps", now):
+        raise DataError(f"{source} has changed since {folder} was made of it: delete {folder} to "
+                        "read it again")
+
+
 def read_from(source: Path, release: Release) -> dict[str, Path]:
     """The archive, or those parts of the folder it was unpacked to that are files, by their names.
 

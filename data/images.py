@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data import coco, shapes
-from data.archives import complete, stamps
+from data.archives import check_unchanged, complete, stamps
 from data.cifar import ARCHIVE, CLASSES, cifar10
 from data.folders import check, checksums, ensure, read_meta, reading
 from data.order import Shuffled
@@ -64,11 +64,7 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
         check(folder, meta)
         truth = None if task == "classify" else json.loads((folder / "val.json").read_text())
         train, val = (Stored(folder, split, meta) for split in ("train", "val"))
-        # Empty without the source: the prepared folder is enough.
-        now = stamps(read_from(Path(source)))
-        if now and now != meta["stamps"]:
-            raise DataError(f"{source} has changed since {folder} was made of it: "
-                            f"delete {folder} to read it again")
+        check_unchanged(source, read_from(Path(source)), folder, meta)
         return Data(train, val, meta["classes"], truth, identity(meta))
 
 

@@ -28,7 +28,7 @@ import numpy as np
 if __name__ == "__main__":  # python data/lra.py looks for modules in data/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from data import listops
-from data.archives import complete, find, read_from, stamps
+from data.archives import check_unchanged, complete, find, read_from, stamps
 from data.folders import check, checksums, ensure, read_meta, reading
 from data.lra_sources import SPLITS, TASKS, samples
 from engine import options
@@ -56,11 +56,9 @@ def prepare(task: str, data_dir: str | Path = "data", *, source: str | Path | No
     text = json.dumps(parameters, sort_keys=True)
     folder = Path(data_dir) / f"lra_{task}_{hashlib.sha256(text.encode()).hexdigest()[:10]}"
     ensure(folder, lambda work: _fill(work, parameters, folder, source), task)
-    if source is not None:  # which may be gone: the prepared folder is enough
-        now = stamps(read_from(Path(source), TASKS[task].release))
-        if now and now != read_meta(folder).get("stamps", now):  # older folders have none
-            raise DataError(f"{source} has changed since {folder} was made of it: delete {folder} "
-                            "to read it again")
+    if source is not None:
+        files = read_from(Path(source), TASKS[task].release)
+        check_unchanged(source, files, folder, read_meta(folder))
     return folder
 
 

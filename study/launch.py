@@ -114,8 +114,8 @@ class Comparison:
         for name, found in evaluated.items():
             if len(found) > 1:
                 raise UserError(f"{name} would be {' or '.join(map(str, sorted(found)))}: arms "
-                                "that are evaluated on different samples cannot be paired. Give "
-                                "all arms one, by both options where it is a product")
+                                "that are evaluated on different samples cannot be paired. It "
+                                "must be the same for all")
 
     def parse(self, words: list[str]):
         """-> (the script's configuration with these options, those typed). Raises UserError."""

@@ -61,7 +61,7 @@ class Run:
                             f"{folder} is damaged: {e}") from None
         for key in options.marked(script_of(config).Config, SOURCE):
             if config.get(key):
-                config[key] = os.path.normpath(config[key])  # ./my.txt is my.txt
+                config[key] = os.path.normpath(str(config[key]))  # ./my.txt is my.txt
         if lacking := sorted(NEEDED - config.keys()):
             raise UserError(f"{folder / 'config.toml'} lacks {', '.join(lacking)}: "
                             f"was it written by {' or '.join(SCRIPTS)}?")
