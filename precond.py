@@ -60,7 +60,7 @@ def scale_rows(a: torch.Tensor, grad: bool, eps: float, power: float | torch.Ten
     learned = isinstance(power, torch.Tensor)
     scale = head_scale(scale, a.size(-1))
     if not learned:
-        check_constants(power, 1.0)
+        check_number("power", power)
         if power == 0 and not isinstance(scale, torch.Tensor) and scale == 1:
             return a
     # Half precision would lose small norms and overflow on large ones.
@@ -89,19 +89,22 @@ def head_scale(scale: float | str | torch.Tensor, D: int) -> float | torch.Tenso
     """The s of C = s diag(...) as a factor of (B, n_head, T, D): a number or (n_head, 1, 1)."""
     if isinstance(scale, torch.Tensor):
         return scale[:, None, None]
-    check_constants(1.0, scale)
+    check_number("scale", scale, "sqrt_d")
     return D**0.5 if scale == "sqrt_d" else scale
 
 
 def check_constants(power: float, scale: float | str):
-    """Raises ValueError unless both are finite numbers, or the scale is "sqrt_d"."""
-    def finite(value) -> bool:
-        return not isinstance(value, str | torch.Tensor) and abs(value) < math.inf
-    if not finite(power):
-        raise ValueError(f"power={power!r} of the preconditioner must be a finite number")
-    if scale != "sqrt_d" and not finite(scale):
-        raise ValueError(f"scale={scale!r} of the preconditioner must be a finite number or "
-                         "'sqrt_d'")
+    """What a model's C may be given: no tensors. Raises ValueError."""
+    check_number("power", power)
+    check_number("scale", scale, "sqrt_d")
+
+
+def check_number(name: str, value: float | str, word: str | None = None):
+    """Raises ValueError unless it is a finite number, or the word that may stand for one."""
+    finite = not isinstance(value, str | torch.Tensor) and abs(value) < math.inf
+    if not finite and value != word:
+        also = f" or {word!r}" if word else ""
+        raise ValueError(f"{name}={value!r} of the preconditioner must be a finite number{also}")
 
 
 def note(a: torch.Tensor, out: torch.Tensor):

@@ -24,7 +24,7 @@ from engine import options, pretrained
 from engine.checkpoint import load_weights, same_data
 from engine.device import Compute
 from engine.options import DATA, LOCAL, SOURCE, not_empty
-from engine.run import open_run
+from engine.run import OWN, open_run
 from engine.trainer import Task, Trainer, TrainerConfig
 from model import GPT, ModelConfig
 
@@ -120,7 +120,7 @@ def open(config: Config, compute: Compute) -> tuple[LanguageModelling, GPT]:
 def main():
     run = open_run(Config, sys.argv[1:], __doc__)
     weights = None
-    if run.fresh and run.config.init_from not in ("scratch", "auto"):
+    if run.fresh and run.config.init_from not in OWN:
         weights = pretrained.start(run)
     config = run.config
     expected = expecting(lambda meta: same_data(run.saved, identity(meta)))

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from data import coco, shapes
-from data.archives import check_unchanged, complete, stamps
-from data.cifar import ARCHIVE, CLASSES, cifar10
+from data.archives import check_unchanged, complete, read_from, stamps
+from data.cifar import ARCHIVE, CLASSES, RELEASE, cifar10
 from data.folders import check, checksums, ensure, read_meta, reading
 from data.order import Shuffled
 from engine.options import DataError, need
@@ -64,7 +64,7 @@ def open_data(task: str, source: str, data_dir: str, size: int, seed: int, n_val
         check(folder, meta)
         truth = None if task == "classify" else json.loads((folder / "val.json").read_text())
         train, val = (Stored(folder, split, meta) for split in ("train", "val"))
-        check_unchanged(source, read_from(Path(source)), folder, meta)
+        check_unchanged(source, made_from(task, Path(source)), folder, meta)
         return Data(train, val, meta["classes"], truth, identity(meta))
 
 
@@ -214,7 +214,7 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
             hint = f"; {name} ({megabytes}) is at {home}" if task == "classify" else ""
             raise DataError(f"--source={source}: there is nothing of that name to read{hint}")
         print(f"preparing {task} in {folder}: reading {source}", flush=True)
-        made_of = stamps(read_from(source))  # before it is read: a change meanwhile counts
+        made_of = stamps(made_from(task, source))  # before it is read: a change meanwhile counts
         with complete(source):
             if task == "classify":
                 found = _fill_cifar10(work, source, size)
@@ -231,17 +231,13 @@ def prepare(task: str, source: Path, data_dir: Path, size: int) -> Path:
     return folder
 
 
-def read_from(source: Path) -> dict[str, Path]:
-    """The archive, the annotations or CIFAR-10's batches, by their names.
-
-    It is empty where they are gone. Hidden files are not read: macOS leaves some beside each file.
-    """
-    files = [source]
-    if not source.is_file():
-        patterns = ("annotations/instances_train*.json", "annotations/instances_val*.json",
-                    "*_batch*", "cifar-10-batches-py/*_batch*")
-        files = [file for pattern in patterns for file in source.glob(pattern)]
-    return {file.name: file for file in sorted(files) if not file.name.startswith(".")}
+def made_from(task: str, source: Path) -> dict[str, Path]:
+    """CIFAR-10's archive or batches, or COCO's annotations, by their names; empty if gone."""
+    if task == "classify":
+        return read_from(source, RELEASE)
+    files = [file for split in ("train", "val")
+             for file in source.glob(f"annotations/instances_{split}*.json")]
+    return {file.name: file for file in files}
 
 
 def _fill_cifar10(work: Path, source: Path, size: int) -> dict:

@@ -16,6 +16,7 @@ import torch
 
 from engine import options
 from engine.options import UserError
+from engine.run import OWN
 from model import GPT, ModelConfig
 
 HUB = {name: f"openai-community/{name}"
@@ -53,7 +54,7 @@ def read(source: str, block_size: int | None = None) -> tuple[dict, dict, dict[s
     """
     folder = download(source) if source in HUB else Path(source)
     if not folder.is_dir():
-        near = options.suggest(source, ("scratch", "resume", "auto", *HUB))
+        near = options.suggest(source, (*OWN, *HUB))
         raise UserError(f"{source} is neither a folder nor one of {', '.join(HUB)}: {near}name a "
                         "Hugging Face GPT-2 folder")
     path = folder / "config.json"

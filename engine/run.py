@@ -43,7 +43,7 @@ class RunConfig(Options):
     """Where a run is kept, how it begins, and who else hears of it."""
     out_dir: Annotated[str, "folder of the run: checkpoints, metrics, configuration", FREE,
                        not_empty] = "out"
-    init_from: Annotated[Literal["scratch", "resume", "auto"],
+    init_from: Annotated[Literal[*OWN],
                          "auto: resume if there is something to resume, else start"] = "scratch"
     overwrite: Annotated[bool, "start from scratch in an out_dir that holds a run, and lose it",
                          FREE] = False

@@ -85,8 +85,8 @@ study() {  # name -> the words after compare.py
         arms=("${few[@]}")
         listops nystrom muon "${matrices[@]}" ;;
     listops_linear_muon) listops linear muon "${matrices[@]}" ;;
-    # The whole preset: two hours and a half. The kept compare.json names options that the preset had
-    # not yet.
+    # The whole preset: two hours and a half. The kept compare.json names options that the preset
+    # had not yet.
     listops_full)
         words=(train_lra.py config/lra_listops.toml --attention=nystrom
                --arm "off:" --arm "paper: precond=True"
