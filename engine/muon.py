@@ -5,7 +5,6 @@ Everything else moves by AdamW: embeddings, heads, convolutions, vectors, learne
 import torch
 import torch.nn as nn
 
-from engine.device import gpu_multiplies_bf16
 from engine.orthogonal import orthogonalise
 from engine.parallel import divided, like, whole
 
@@ -34,8 +33,10 @@ def muon(model: nn.Module, config) -> torch.optim.Optimizer:
     groups = [{"params": matrices, "lr": config.matrix_learning_rate},
               {"params": [p for p in rest if p.dim() >= 2]},
               {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    # Two digits are enough for an update. Squares of gradients leave float16's range.
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     return Muon(groups, parts, momentum=config.momentum, interval=config.matrix_interval,
-                lr=config.learning_rate, weight_decay=config.weight_decay,
+                dtype=dtype, lr=config.learning_rate, weight_decay=config.weight_decay,
                 betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=config.fused)
 
 
@@ -46,7 +47,8 @@ class Muon(torch.optim.Optimizer):
     as AdamW's usually are (Liu et al. 2025, arXiv 2502.16982). `parts` says of how many matrices
     (m, n) a parameter (parts m, n) consists: q, k and v of all heads lie in one, and those of each
     head have their own update, which costs less than half and trains as well (BENCHMARKS.md).
-    torch.optim.Muon is not used: it goes matrix by matrix, in bfloat16 on every processor.
+    `dtype` is that of these products. torch.optim.Muon is not used: it goes matrix by matrix, in
+    bfloat16 on every processor.
 
     A mean over twenty gradients turns slowly, and orthogonalising is what a step costs. So a matrix
     may move at every `interval`-th step only, then as far as in that many steps. Those of one shape
@@ -54,11 +56,12 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict], parts: dict[nn.Parameter, int], *, momentum: float,
-                 interval: int, lr: float, weight_decay: float, **adamw):
+                 interval: int, dtype: torch.dtype, lr: float, weight_decay: float, **adamw):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay})
         self.parts = parts
         self.momentum = momentum
         self.interval = interval
+        self.dtype = dtype
         self.adamw = torch.optim.AdamW(self.param_groups[1:], lr=lr, **adamw)
         self.share()
 
@@ -87,13 +90,10 @@ class Muon(torch.optim.Optimizer):
                         if int(self.state[p]["step"] + i) % self.interval == 0]
             if not matrices:
                 continue
-            directions = [whole(self.direction(p)) for p in matrices]
+            directions = [whole(self.direction(p)).to(self.dtype) for p in matrices]
             stack = torch.stack(directions)  # (n, rows, columns)
             stack = stack.view(-1, rows // parts, columns)  # (n parts, m, columns)
-            # A GPU multiplies bfloat16 much faster than float32, and two digits are enough here.
-            fast = torch.bfloat16 if stack.is_cuda and gpu_multiplies_bf16() else stack.dtype
-            updates = divided(orthogonalise, stack.to(fast))
-            updates = updates.to(stack.dtype).view(-1, rows, columns)
+            updates = divided(orthogonalise, stack).view(-1, rows, columns)
             size = 0.2 * max(rows // parts, columns) ** 0.5
             rate = self.interval * group["lr"]
             for p, update in zip(matrices, updates):

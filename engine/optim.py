@@ -1,7 +1,8 @@
 """Optimizers by name, and the learning rate over time.
 
 To add an optimizer, write a function (model, config) -> torch.optim.Optimizer and enter it in
-OPTIMIZERS. Its parameter groups may differ in their peak rates: all follow one schedule.
+OPTIMIZERS. `config` has all of the run's options, its dtype is what became of "auto". The parameter
+groups may differ in their peak rates: all follow one schedule.
 """
 import math
 from dataclasses import dataclass

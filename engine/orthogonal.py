@@ -17,24 +17,21 @@ COEFFICIENTS = ((8.2987, -24.4305, 18.0903), (3.9152, -2.9211, 0.5592), (3.1746,
 
 
 def orthogonalise(g: torch.Tensor) -> torch.Tensor:
-    """(..., m, n) -> the same shape and dtype, each matrix with singular values near 1.
+    """(n, rows, columns) -> the same shape and dtype, each matrix with singular values near 1.
 
     All matrices of a stack go through one sequence of products. A zero matrix stays zero.
     """
-    tall = g.size(-2) > g.size(-1)
-    x = g.mT if tall else g  # (..., short, long)
-    norm = x.norm(dim=(-2, -1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    norm = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True)
     # Beyond 1 the polynomials are steep: a value that rounding has lifted to 1.004 ends at 50.
-    margin = 1 + 2 * torch.finfo(x.dtype).eps
-    x = (x / (margin * norm.clamp(min=1e-7))).to(x.dtype)
-    wide = x.size(-1) >= 2 * x.size(-2)
-    x = by_gram(x) if wide else by_products(x)
-    return x.mT if tall else x
+    margin = 1 + 2 * torch.finfo(g.dtype).eps
+    x = g / (margin * norm.clamp(min=1e-7))
+    wide = max(x.shape[-2:]) >= 2 * min(x.shape[-2:])
+    return by_gram(x) if wide else by_products(x)
 
 
 def by_products(x: torch.Tensor) -> torch.Tensor:
     for coefficients in COEFFICIENTS:
-        x = polynomial(x @ x.mT, *coefficients) @ x
+        x = times(polynomial(gram_matrix(x), *coefficients), x)
     return x
 
 
@@ -44,19 +41,32 @@ def by_gram(x: torch.Tensor) -> torch.Tensor:
     X_k is P_k X_0 with a polynomial P_k in X_0 X_0^T, and X_k X_k^T is P_k^2 X_0 X_0^T, because
     polynomials in one matrix commute. For (C, 4 C) it takes 0.63 of the multiplications.
     """
-    gram = x @ x.mT  # (..., short, short)
+    gram = gram_matrix(x)
     first, *others = COEFFICIENTS
     product = step = polynomial(gram, *first)
     for coefficients in others:
         gram = step @ gram @ step
         step = polynomial(gram, *coefficients)
         product = step @ product
-    return product @ x
+    return times(product, x)
+
+
+def gram_matrix(x: torch.Tensor) -> torch.Tensor:
+    """X X^T, of a tall matrix X^T X: (n, rows, columns) -> (n, short, short)."""
+    return x.mT @ x if is_tall(x) else x @ x.mT
+
+
+def times(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """P X, of a tall matrix X P^T, without a transposed copy."""
+    return x @ p.mT if is_tall(x) else p @ x
+
+
+def is_tall(x: torch.Tensor) -> bool:
+    return x.size(-2) > x.size(-1)
 
 
 def polynomial(gram: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
-    """a I + b G + c G^2, in place: new tensors would take as long as the product."""
-    result = gram @ gram
-    result.mul_(c).add_(gram, alpha=b)
+    """a I + b G + c G^2."""
+    result = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     result.diagonal(dim1=-2, dim2=-1).add_(a)
     return result

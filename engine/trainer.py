@@ -8,7 +8,7 @@ sequence. So a run's place in its data is its step, and nothing else has to be k
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -90,7 +90,7 @@ class Trainer:
         elif config.compile:
             model = torch.compile(self.raw)
         self.model = model if config.shard else copies(model, compute)
-        self.optimizer = make_optimizer(self.raw, config)
+        self.optimizer = make_optimizer(self.raw, replace(config, dtype=compute.dtype))
         # float16 has few exponents. The scaler multiplies the loss so that small gradients do not
         # vanish, and skips a step whose gradient overflows. Disabled, it does nothing.
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.dtype == "float16")

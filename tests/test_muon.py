@@ -4,17 +4,19 @@ import torch
 
 import train
 from conftest import SMALL, error, read_metrics, torchrun
-from engine import checkpoint, orthogonal
+from engine import checkpoint, muon, orthogonal
+from engine.device import DTYPES
 from engine.meter import kappa_by_layer
 from engine.muon import Muon, block_matrices
-from engine.optim import OptimConfig, make_optimizer
+from engine.optim import make_optimizer
 from engine.orthogonal import COEFFICIENTS, by_gram, by_products, orthogonalise
+from engine.trainer import TrainerConfig
 from model import GPT, Classifier, ModelConfig
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 64), (2, 64, 16), (40, 8)])
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 64), (2, 64, 16), (1, 40, 8), (2, 16, 12)])
 def test_singular_vectors_stay_and_values_come_near_one(shape):
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -44,9 +46,10 @@ def test_each_step_has_the_polynomial_nearest_to_one():
     assert size == pytest.approx(0.495, abs=1e-3)
 
 
-def test_bfloat16_is_enough():
-    """GPUs use it. Two digits are lost in the sums of large terms."""
-    g = torch.randn(3, 32, 96, generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32), (32, 32)])
+def test_bfloat16_is_enough(shape):
+    """Two digits are lost in the sums of large terms."""
+    g = torch.randn(3, *shape, generator=torch.Generator().manual_seed(2))
     exact, rounded = orthogonalise(g.double()), orthogonalise(g.bfloat16())
     assert rounded.dtype == torch.bfloat16
     assert (rounded.double() - exact).norm() < 0.1 * exact.norm()
@@ -61,14 +64,23 @@ def test_in_bfloat16_no_value_grows_large(shape, noise):
     assert torch.linalg.svdvals(orthogonalise(g.bfloat16()).float()).max() < 3
 
 
-def test_by_gram_is_by_products():
-    x = torch.randn(4, 24, 96, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("shape", [(24, 96), (96, 24)])
+def test_by_gram_is_by_products(shape):
+    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(1))
     x = x / x.norm(dim=(-2, -1), keepdim=True)
     torch.testing.assert_close(by_gram(x), by_products(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-8, 1e12])
+def test_the_size_of_a_gradient_does_not_matter(dtype, size):
+    g = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    torch.testing.assert_close(orthogonalise(size * g), orthogonalise(g), atol=0.05, rtol=0)
+
+
 def test_a_zero_matrix_stays_zero():
-    assert (orthogonalise(torch.zeros(2, 4, 8)) == 0).all()
+    for shape in (2, 4, 8), (2, 8, 4), (2, 4, 4):
+        assert (orthogonalise(torch.zeros(shape)) == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (24, 96), (96, 24)])
@@ -79,7 +91,7 @@ def test_updates_are_those_of_torch(shape, monkeypatch):
     start = torch.randn(shape)
     mine, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
     a = Muon([{"params": [mine], "lr": 0.1}, {"params": []}], {mine: 1}, momentum=0.9, interval=1,
-             lr=1.0, weight_decay=0.2)
+             dtype=torch.float32, lr=1.0, weight_decay=0.2)
     b = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2, momentum=0.9,
                          adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
@@ -96,13 +108,14 @@ def test_updates_are_those_of_torch(shape, monkeypatch):
 def test_queries_keys_and_values_of_each_head_are_matrices_of_their_own():
     model = GPT(ModelConfig(**TINY), 11)
     attention = model.blocks[0].attn
-    optimizer = make_optimizer(model, OptimConfig(optimizer="muon", momentum=0.0, weight_decay=0.0,
-                                                  learning_rate=1.0, matrix_learning_rate=0.5))
+    optimizer = make_optimizer(model, TrainerConfig(
+        optimizer="muon", momentum=0.0, weight_decay=0.0, learning_rate=1.0,
+        matrix_learning_rate=0.5))
     torch.manual_seed(0)
     grad = torch.randn(48, 16)
     grads = []  # as attention reads them: what each head's q, k and v get from its own rows
     for qkv in grad.view(3, 2, 8, 16):
-        grads += [orthogonalise(head) for head in qkv]
+        grads += list(orthogonalise(qkv))
     attention.qkv.weight.grad = torch.randn(48, 16)
     optimizer.step()  # without momentum nothing of it is left in the next step
     before = attention.qkv.weight.detach().clone()
@@ -114,8 +127,8 @@ def test_queries_keys_and_values_of_each_head_are_matrices_of_their_own():
 def test_matrices_of_a_shape_take_turns_and_move_three_times_as_far():
     """Each at every third step, from the mean of all gradients; vectors move at every step."""
     model = GPT(ModelConfig(**TINY), 11)
-    optimizer = make_optimizer(model, OptimConfig(optimizer="muon", matrix_interval=3,
-                                                  momentum=0.75, matrix_learning_rate=0.5))
+    optimizer = make_optimizer(model, TrainerConfig(
+        optimizer="muon", matrix_interval=3, momentum=0.75, matrix_learning_rate=0.5))
     matrix, second = (block.attn.proj.weight for block in model.blocks)
     vector = model.blocks[0].ln_1.weight
     torch.manual_seed(0)
@@ -131,10 +144,23 @@ def test_matrices_of_a_shape_take_turns_and_move_three_times_as_far():
             if (p != old).any():
                 moves[name].append(step)
         if step == 3:
-            moved = orthogonalise(0.25 * matrix.grad + 0.75 * mean)
+            [moved] = orthogonalise((0.25 * matrix.grad + 0.75 * mean)[None])
             expected = before[0] * (1 - 3 * 0.5 * 0.1) - 3 * 0.5 * 0.2 * 4 * moved
             torch.testing.assert_close(matrix, expected)
     assert moves == {"matrix": [3, 6], "second": [2, 5], "vector": [1, 2, 3, 4, 5, 6]}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_have_the_dtype_of_the_models_products(dtype, corpus, tmp_path, call, monkeypatch):
+    found = set()
+
+    def recorded(stack):
+        found.add(stack.dtype)
+        return orthogonalise(stack)
+    monkeypatch.setattr(muon, "orthogonalise", recorded)
+    assert call(train, *SMALL, *corpus, "--optimizer=muon", f"--dtype={dtype}", "--max_iters=2",
+                f"--out_dir={tmp_path}")[0] == 0
+    assert found == {DTYPES[dtype]}
 
 
 def vision(task):
@@ -150,7 +176,7 @@ def vision(task):
 ], ids=["gpt", "towers", "classify", "detect", "segment"])
 def test_each_parameter_is_in_exactly_one_group(build):
     model = build()
-    optimizer = make_optimizer(model, OptimConfig(optimizer="muon"))
+    optimizer = make_optimizer(model, TrainerConfig(optimizer="muon"))
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
     names = {id(p): name for name, p in model.named_parameters()}
