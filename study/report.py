@@ -325,6 +325,7 @@ def cells(values: dict, **formats: str) -> list[str]:
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Rows can be shorter than the head."""
     columns = list(itertools.zip_longest(head, *rows, fillvalue=""))
+    columns = [[cell.replace("|", "\\|") for cell in column] for column in columns]
     widths = [max(map(len, column)) for column in columns]
     head, *rows = zip(*columns)
     lines = [head, ["-" * width for width in widths], *rows]

@@ -118,6 +118,11 @@ def test_one_seed_gives_a_report_that_claims_nothing(study, tmp_path):
     assert [t.get_text() for t in drawn.axes[0].get_yticklabels()] == ["precond_power=1 (1 seed)"]
 
 
+def test_a_bar_in_a_name_is_no_edge_of_a_table():
+    *lines, _ = report.table(["arm", "mean"], [["a|b", "1"]])
+    assert lines == ["| arm  | mean |", "| ---- | ---- |", r"| a\|b | 1    |"]
+
+
 def test_arms_that_cannot_be_told_apart(tmp_path):
     arm = {"diverged": {}, "seeds": [1, 2, 3],
            "paired": {"n": 3, "mean": 0.01, "sd": 0.02, "low": -0.04, "high": 0.06, "p": 0.4,
