@@ -40,6 +40,10 @@ images() {  # task, steps, optimizer, further words
            --tune_seeds=1 --seeds=5)
 }
 
+whole() {  # task, the recipe's name and rates, half-grad's
+    words=(train_vision.py "$1" --arm "off:" --arm "$2 precond=True" --arm "$3 $half" --seeds=3)
+}
+
 pathfinder() {  # attention, steps
     words=(train_lra.py pathfinder --attention="$1" --max_iters="$2" "${arms[@]}"
            "${matrices[@]}" --tune learning_rate=1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5)
@@ -123,6 +127,15 @@ study() {  # name -> the words after compare.py
         words=(train_lra.py $pathfinder_adamw --learning_rate=2e-3
                --arm "off:" --arm "half-grad: $half" --arm "off-fast: learning_rate=4e-3"
                --first_seed=11 --seeds=10) ;;
+    characters_confirm)
+        words=(train.py $adamw --max_iters=500 --eval_interval=125 --learning_rate=6e-3
+               --arm "off:" --arm "half-grad: $half" --first_seed=11 --seeds=20) ;;
+    # The whole presets: off at their own rates, the others at the best of the 500, 750 and 400
+    # steps, where these are not the same.
+    classify_whole) whole classify "paper:" "half-grad: matrix_learning_rate=2.5e-3" ;;
+    detect_whole) whole detect "paper:" "half-grad:" ;;
+    segment_whole)
+        whole segment "paper: matrix_learning_rate=1e-2 learning_rate=4e-3" "half-grad:" ;;
     classify) images classify 500 adamw ;;
     detect) images detect 1500 adamw ;;
     segment) images segment 600 adamw ;;
@@ -136,10 +149,10 @@ study() {  # name -> the words after compare.py
 }
 
 if [ $# = 0 ]; then
-    for name in kappa characters_{muon_short,adamw_short,muon,adamw,384,384_adamw} \
+    for name in kappa characters_{muon_short,adamw_short,confirm,muon,adamw,384,384_adamw} \
                 listops_{softmax,nystrom,linear}{,_muon} listops_{confirm,full,full_slow} \
                 pathfinder_{softmax,confirm}{,_adamw} pathfinder_nystrom \
-                {classify,detect,segment}{,_muon}; do
+                {classify,detect,segment}{,_muon,_whole}; do
         if [ -e "results/$name.json" ]; then
             echo "$name (run)"
         else
