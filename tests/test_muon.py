@@ -4,8 +4,7 @@ import torch
 
 import train
 from conftest import SMALL, error, read_metrics, torchrun
-from engine import checkpoint, muon, orthogonal
-from engine.device import DTYPES
+from engine import checkpoint, device, muon, orthogonal
 from engine.meter import kappa_by_layer
 from engine.muon import Muon, block_matrices
 from engine.optim import make_optimizer
@@ -150,17 +149,21 @@ def test_matrices_of_a_shape_take_turns_and_move_three_times_as_far():
     assert moves == {"matrix": [3, 6], "second": [2, 5], "vector": [1, 2, 3, 4, 5, 6]}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_updates_have_the_dtype_of_the_models_products(dtype, corpus, tmp_path, call, monkeypatch):
+@pytest.mark.parametrize("dtype, expected", [
+    ("float32", torch.float32), ("bfloat16", torch.bfloat16), ("auto", torch.bfloat16)])
+def test_updates_have_the_dtype_of_the_models_products(dtype, expected, corpus, tmp_path, call,
+                                                       monkeypatch):
     found = set()
 
     def recorded(stack):
         found.add(stack.dtype)
         return orthogonalise(stack)
     monkeypatch.setattr(muon, "orthogonalise", recorded)
+    monkeypatch.setattr(device, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(device, "BF16_WIDTH", 8)
     assert call(train, *SMALL, *corpus, "--optimizer=muon", f"--dtype={dtype}", "--max_iters=2",
                 f"--out_dir={tmp_path}")[0] == 0
-    assert found == {DTYPES[dtype]}
+    assert found == {expected}
 
 
 def vision(task):
