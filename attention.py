@@ -5,7 +5,8 @@
     linear     phi(Q) phi(K)^T V / (phi(Q) phi(K)^T 1), elu + 1     Katharopoulos et al. 2020
 
 `mask` (B, T) bool says which keys are real tokens; None means all. `is_causal` adds the causal
-mask to it. A sample's real tokens get the same output alone and in any batch.
+mask to it. A sample's real tokens get the same output alone and in any batch. With cached keys and
+values q is the last of their tokens alone, without is_causal: count positions from the end.
 
 To add a mechanism, write such a function and enter it in MECHANISMS.
 """

@@ -67,7 +67,7 @@ def scale_rows(a: torch.Tensor, grad: bool, eps: float, power: float | torch.Ten
     dtype = torch.promote_types(a.dtype, torch.float32)
     rows = a if grad else a.detach()  # all of the difference between the paper's C and RMSNorm
     if grad or a.is_nested:
-        # Squares, unlike a norm, have a second derivative at 0, and serve jagged tensors.
+        # Unlike a norm, squares have a second derivative at 0, and serve jagged tensors (forward).
         square = rows.to(dtype).square().sum(dim=-1, keepdim=True)  # (..., T, 1)
         zero = square == 0
         norm = torch.where(zero, 1.0, square).sqrt()

@@ -11,6 +11,7 @@ import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch 
 
 # isort: split
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -143,7 +144,7 @@ def main():
             return
         run.finish(Trainer(config, task, model, compute, run.saved).run(), compute)
         if compute.main:
-            out = config.out_dir
+            out = shlex.quote(config.out_dir)
             print(f"""\
 next: python sample.py --out_dir={out}        # text from the best checkpoint
       python plot.py {out}                    # figures (requirements-extra.txt)

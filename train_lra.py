@@ -15,6 +15,7 @@ import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch 
 
 # isort: split
 import json
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -268,7 +269,7 @@ def main():
                 model = new_model(config, task, compute)  # this one is whole
         test(config, task, model, compute)
         if compute.main and not config.eval_only:
-            out = config.out_dir
+            out = shlex.quote(config.out_dir)
             print(f"""\
 next: python train_lra.py --eval_only --show=5 --out_dir={out}   # predictions
       python plot.py {out}                    # figures (requirements-extra.txt)

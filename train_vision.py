@@ -18,6 +18,7 @@ little on how the images of a step are split into passes.
 import engine.startup  # noqa: F401  (first: it answers mistakes before PyTorch is loaded)
 
 # isort: split
+import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ def main():
         else:
             run.finish(Trainer(config, task, model, compute, run.saved).run(), compute)
             if compute.main:
-                out = config.out_dir
+                out = shlex.quote(config.out_dir)
                 print(f"""\
 next: python train_vision.py --eval_only --show=8 --out_dir={out}   # draw predictions
       python plot.py {out}        # figures

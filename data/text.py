@@ -114,7 +114,8 @@ def prepare(dataset: str, data_dir: str | Path = "data", tokenizer: str = "auto"
         if dataset == "shakespeare":
             name = f"{dataset}_{tokenizer}"
         else:
-            name = f"{path.stem}-{_sha256(path)[:12]}_{tokenizer}"
+            # A name of a folder has at most 255 bytes, a letter up to 4.
+            name = f"{path.stem[:50]}-{_sha256(path)[:12]}_{tokenizer}"
     folder = data_dir / name
 
     def fill(work: Path) -> dict:

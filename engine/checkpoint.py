@@ -64,6 +64,8 @@ def read(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: train first, or name the run's folder with "
                         "--out_dir") from None
+    except PermissionError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
     except pickle.UnpicklingError as e:
         raise UserError(f"{path} is refused: it is damaged or holds something other than tensors "
                         f"and plain values ({first_line(e)}){without(path)}") from None

@@ -1,8 +1,7 @@
 """Optimizers by name, and the learning rate over time.
 
 To add an optimizer, write a function (model, config) -> torch.optim.Optimizer and enter it in
-OPTIMIZERS. `config` has all of the run's options, its dtype is what became of "auto". The parameter
-groups may differ in their peak rates: all follow one schedule.
+OPTIMIZERS. Groups may differ in peak rates, all follow one schedule. Only its state is saved.
 """
 import math
 from dataclasses import dataclass

@@ -73,6 +73,8 @@ def run(main: Callable[[], None]):
                 raise
             raise OwnError(f"out of memory ({text.splitlines()[0][:200]}): lower --batch_size, "
                            "--block_size or the model's size") from e
+        except PermissionError as e:  # whatever a path was for
+            raise OwnError(f"{e.filename}: {e.strerror}: name another path") from e
         finally:
             sys.stdout.flush()
     except UserError as e:
@@ -165,7 +167,7 @@ class Option:
     default: Any
     declared: Any  # the default of the class that declares it: what was done before it was there
     help: str
-    mark: str  # one of the five above, or ""
+    mark: str  # one of those above, or ""
     checks: tuple[Callable, ...]
 
     @property

@@ -72,6 +72,12 @@ def read(source: str, block_size: int | None = None) -> tuple[dict, dict, dict[s
     return shapes, precond, state
 
 
+def exported_options(source: str) -> dict:
+    """The precond options of export.py's model in the folder `source`; empty for a plain one."""
+    path = Path(source) / "config.json"
+    return {} if source in HUB else read_preconditioner(read_json(path), path)
+
+
 def load(source: str) -> GPT:
     """The model of `source`, see `read`, in evaluation mode, on the CPU. Raises UserError."""
     shapes, precond, weights = read(source)

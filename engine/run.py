@@ -344,8 +344,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict):
     mine = {}
     for i, values in state.items():
         p = parameters[i]
-        # All but the number of steps is shaped as the parameter.
-        mine[i] = {name: like(value, p) if value.shape == p.shape else value
+        # What is shaped as the parameter may be cut as it is; numbers of steps are not.
+        mine[i] = {name: like(value, p) if getattr(value, "shape", None) == p.shape else value
                    for name, value in values.items()}
     groups = optimizer.state_dict()["param_groups"]  # rates and decay: from the options
     optimizer.load_state_dict({"state": mine, "param_groups": groups})

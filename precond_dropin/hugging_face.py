@@ -19,8 +19,8 @@ def register_transformers(name: str = "preconditioned", *, grad: bool = False, e
     Then Model._from_config(config, attn_implementation=name): transformers' own SDPA attention,
     with its masks, followed by C. Some models take any name and ignore it: run `check` once. Those
     that SDPA does not serve raise ValueError when they are made or run. Registering a name again
-    changes every model that has it. Raises ImportError without transformers, ValueError for a name
-    that is not free.
+    changes every model that has it. A model of export.py runs with the C it was trained with alone.
+    Raises ImportError without transformers, ValueError for a name that is not free.
     """
     check_constants(power, scale)
     try:
@@ -39,7 +39,16 @@ def register_transformers(name: str = "preconditioned", *, grad: bool = False, e
         max_length_k deterministic use_cache return_dict output_attentions output_hidden_states
         output_router_logits logits_to_keep num_items_in_batch""".split()
 
+    def check_exported(module):
+        theirs = getattr(getattr(module, "config", None), "preconditioned_attention", None)
+        if theirs and (theirs["eps"], theirs["power"], 1) != (eps, power, scale):
+            raise ValueError(f"this model was exported with power={theirs['power']} and eps="
+                             f"{theirs['eps']}, and {name!r} has power={power}, eps={eps}, "
+                             f"scale={scale}: register_transformers(power={theirs['power']}, "
+                             f"eps={theirs['eps']}), under a name of its own beside others")
+
     def attention(module, query, key, value, attention_mask, **kwargs):
+        check_exported(module)
         for extra, given in kwargs.items():  # sdpa_attention_forward would drop it unsaid
             if given is not None and extra not in understood:
                 raise ValueError(f"{type(module).__name__} passes {extra} to its attention, which "

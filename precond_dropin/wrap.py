@@ -147,6 +147,9 @@ def attach(handle: Wrapped, name: str, modules: dict, elsewhere: Elsewhere, opti
 
     def precondition_heads(_, args):
         handle.unused.pop(name, None)
+        if not args:
+            raise ValueError(f"{name} is called with keyword arguments alone: give it its input as "
+                             "the first, without a name")
         x = args[0]
         if not channels_last:
             x = x.movedim(1, -1)

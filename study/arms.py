@@ -91,8 +91,8 @@ def beyond(values: Iterable[str], best: str) -> str | None:
 def named_arm(text: str) -> Arm:
     """"NAME: KEY=VALUE ..." -> its arm."""
     name, colon, settings = text.partition(":")
-    if not (colon and name.strip()):
-        raise UserError(f'--arm "{text}": write --arm "NAME: KEY=VALUE KEY=VALUE"')
+    if not (colon and name.strip() and name.isprintable()):
+        raise UserError(f'--arm {text!r}: write --arm "NAME: KEY=VALUE KEY=VALUE"')
     try:
         words = [word.removeprefix("--") for word in shlex.split(settings)]
     except ValueError as e:

@@ -23,6 +23,8 @@ from engine.device import pick_device, pick_dtype
 from engine.lock import Lock
 from engine.metrics import METRICS
 from engine.options import DATA, SOURCE, UserError
+from engine.pretrained import exported_options
+from engine.run import OWN
 from study import stats
 from study.arms import Arm, beyond
 from study.fingerprint import code_hash, content, hash_of
@@ -90,6 +92,7 @@ class Comparison:
             raise UserError(f"--{name} cannot be given here: {OURS[name]}")
         known = options.options(self.module.Config)
         evaluated = {}  # what decides it -> its values
+        arms = {}  # hash of an arm's run -> its name
         for arm in self.arms:
             for key in self.tunings.keys() & arm.keys:
                 raise UserError(f"{key} is tuned, and set by the arm {arm.name!r}: choose one")
@@ -99,6 +102,13 @@ class Comparison:
                     reason = OURS.get(key, "arms on different data cannot be paired")
                     raise UserError(f"{who} sets {key}: {reason}")
             tried = [{key: value} for key, values in self.tunings.items() for value in values]
+            settings = self.job(arm, first, {}).identity
+            twin = arms.setdefault(hash_of(settings), arm.name)
+            if twin != arm.name:
+                start = settings["config"]["init_from"]
+                given = "" if start in OWN else f". Where one names no C, it has that of {start}"
+                raise UserError(f"the arms {twin!r} and {arm.name!r} are the same: all options "
+                                f"have the same values{given}")
             for chosen in tried or [{}]:
                 values = self.job(arm, first, chosen).identity["config"]
                 idle = [key for key in arm.keys if key.startswith("precond_")]
@@ -128,7 +138,11 @@ class Comparison:
         """chosen: the tuned options' values. Raises UserError for what the script refuses."""
         tuned = [f"--{key}={value}" for key, value in chosen.items()]
         words = [*arm.words, *tuned, f"--seed={seed}"]
-        config, _ = self.parse(words)
+        config, given = self.parse(words)
+        if config.init_from not in OWN:  # the script does as its weights say where no option does
+            exported = exported_options(config.init_from)
+            kept = {key: value for key, value in exported.items() if key not in given}
+            config = dataclasses.replace(config, **kept)
         device = pick_device(config.device)
         values = identity(dataclasses.asdict(config))
         values |= {"device": device.type, "dtype": pick_dtype(config.dtype, device, config.n_embd)}
@@ -269,8 +283,10 @@ class Comparison:
 
         An arm whose best is at an end of its values gets one more beyond, up to WIDENINGS times.
         """
-        new = [(arm, value) for arm in self.arms for value in self.tunings[key]]
-        for arm in self.arms:
+        new = [(arm, value) for arm in self.arms for value in self.possible(arm, key)]
+        self.left -= len(self.tune_seeds) * (len(self.arms) * len(self.tunings[key]) - len(new))
+        arms = list({arm.name: arm for arm, _ in new}.values())
+        for arm in arms:
             arm.tuned[key] = {}
         for widening in range(WIDENINGS + 1):
             jobs = []
@@ -280,11 +296,31 @@ class Comparison:
             self.train(jobs)
             for (arm, value), its_jobs in zip(new, jobs):
                 arm.tuned[key][value] = self.mean(its_jobs)
-            for arm in self.arms:
+            for arm in arms:
                 arm.chosen[key] = self.best_value(arm, key)
-            new = self.widen(key) if widening < WIDENINGS else []
+            new = self.widen(arms, key) if widening < WIDENINGS else []
             if not new:  # every arm's best lies between others
                 break
+
+    def possible(self, arm: Arm, key: str) -> list[str]:
+        """The values of this option that the arm can have beside those chosen before.
+
+        None for an option of C, if the arm has no C. Raises UserError where none can be had else.
+        """
+        settings = self.job(arm, TUNE_SEED, arm.chosen).identity["config"]
+        if key.startswith("precond_") and not settings["precond"]:
+            return []
+        values = []
+        for value in self.tunings[key]:
+            try:
+                self.job(arm, TUNE_SEED, arm.chosen | {key: value})
+            except UserError as e:
+                print(f"{arm.name}: {key}={value} is left out: {e}", flush=True)
+            else:
+                values.append(value)
+        if not values:
+            raise UserError(f"the arm {arm.name!r} can have no value of --tune {key}: see above")
+        return values
 
     def mean(self, jobs: list[Job]) -> float | None:
         """Of the final results; None where a job diverged."""
@@ -303,13 +339,18 @@ class Comparison:
         pick = min if METRICS[self.metric].better == "lower" else max
         return pick(means, key=means.get)
 
-    def widen(self, key: str) -> list[tuple[Arm, str]]:
+    def widen(self, arms: list[Arm], key: str) -> list[tuple[Arm, str]]:
         """The arms whose best value is at an end of those tried, each with the next one."""
+        whole = options.options(self.module.Config)[key].type is int
         new = []
-        for arm in self.arms:
+        for arm in arms:
             best = arm.chosen[key]
             value = beyond(arm.tuned[key], best)
             if value is None:
+                continue
+            if whole:
+                value = str(round(float(value)))
+            if value in arm.tuned[key]:  # no whole number is left between
                 continue
             try:
                 self.job(arm, TUNE_SEED, arm.chosen | {key: value})

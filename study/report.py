@@ -37,8 +37,8 @@ def write(folder: Path, arms: list[Arm], command: str) -> str:
     lines = [*heading(summary, command), *results(summary), *within_grid(summary),
              *costs(summary, f"{command} --jobs=1 --out_dir={shlex.quote(str(folder))}-alone"),
              *by_layer(summary)]
-    for option in arms[0].tuned:
-        lines += tuning(arms, option, summary["metric"])
+    for option in dict.fromkeys(key for arm in arms for key in arm.tuned):
+        lines += tuning([arm for arm in arms if option in arm.tuned], option, summary["metric"])
     text = "\n".join(lines)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.md").write_text(text, encoding="utf-8")

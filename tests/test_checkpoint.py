@@ -20,6 +20,15 @@ def test_round_trip(tmp_path):
     assert os.listdir(tmp_path) == ["c.pt"]
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def locked(*_, **__):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(torch, "load", locked)
+    (tmp_path / "ckpt.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="^cannot read .*ckpt.pt: Permission denied$"):
+        checkpoint.read(tmp_path / "ckpt.pt")
+
+
 def test_failing_write_leaves_the_previous_checkpoint(tmp_path, capsys):
     """A file-size limit makes the operating system refuse the write, as a full disk does."""
     path = tmp_path / "c.pt"

@@ -100,6 +100,8 @@ def test_prepared_once_and_anew_when_the_file_changes(tmp_path, capsys):
     others = {prepare(path, tmp_path / "data", "bytes")}
     others.add(prepare(write(tmp_path / "my.text.txt", "abd" * 50), tmp_path / "data"))
     assert len(others | {first}) == 3
+    long = prepare(write(tmp_path / f"{60 * chr(0x4e66)}.txt", "abc" * 50), tmp_path / "data")
+    assert long.exists() and long.name.startswith(50 * chr(0x4e66) + "-")
 
 
 def test_killed_preparation_is_done_again(tmp_path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import compare
 import export
 import precond
 import train
@@ -103,6 +104,9 @@ def test_plain_attention_does_not_pass_for_preconditioned(tmp_path, monkeypatch)
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     monkeypatch.undo()
     idx = torch.arange(20)[None]
+    precond.register_transformers()  # another C than the one it was trained with
+    with pytest.raises(ValueError, match="exported with power=0.5"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(idx)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
     assert (plain(idx).logits - load(tmp_path, options)(idx).logits).abs().max() > 0.1
 
@@ -220,6 +224,10 @@ def test_what_does_not_go_with_an_export_is_refused(corpus, tmp_path, call):
     run = trained(tmp_path, corpus, call, "--precond_power=0.5")
     folder = tmp_path / "hf"
     assert call(export, f"--out_dir={run}", f"--to={folder}")[0] == 0
+    # Without a word about it an arm has the export's C.
+    assert "the arms 'plain' and 'on' are the same" in error(call(
+        compare, "train.py", *corpus, f"--init_from={folder}", "--arm", "plain:",
+        "--arm", "on: precond=True"))
     more = [f"--init_from={folder}", "--max_iters=0", *SMALL[-3:], f"--out_dir={tmp_path / 'new'}"]
     for option in ("n_layer=3", "attention=linear", "n_inner=77"):
         assert f"{option}, but {folder} has" in error(call(train, *corpus, *more, f"--{option}"))

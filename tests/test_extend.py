@@ -39,14 +39,32 @@ def test_a_mechanism(precond, corpus, tmp_path, call, monkeypatch):
     assert "did you mean value?" in error(call(train, "--attention=valu"))
 
 
+class Fading(torch.optim.Optimizer):
+    """Steps that get shorter. Its state is a plain number, and nothing."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["step"] = state.get("step", 0) + 1
+                state["unused"] = None
+                p.sub_(p.grad, alpha=group["lr"] / state["step"])
+
+
+def fading(model, config):
+    return Fading(model.parameters(), {"lr": 10 * config.learning_rate})
+
+
 def sgd(model, config):
     return torch.optim.SGD(model.parameters(), lr=10 * config.learning_rate)
 
 
 @BOTH
-def test_an_optimizer(precond, corpus, tmp_path, call, monkeypatch):
-    monkeypatch.setitem(optim.OPTIMIZERS, "sgd", sgd)
-    more = ["--optimizer=sgd", "--log_interval=1", f"--precond={precond}"]
+@pytest.mark.parametrize("make", [sgd, fading])
+def test_an_optimizer(make, precond, corpus, tmp_path, call, monkeypatch):
+    monkeypatch.setitem(optim.OPTIMIZERS, "mine", make)
+    more = ["--optimizer=mine", "--log_interval=1", f"--precond={precond}"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert call(train, *RUN, *corpus, *more, f"--out_dir={whole}")[0] == 0
     assert call(train, *RUN, *corpus, *more, f"--out_dir={stopped}", "--max_iters=3",

@@ -189,6 +189,16 @@ def test_out_of_memory_is_one_line(problem, said, capsys):
     assert e.value.code == 2 and said in err and err.count("\n") == 1 and "--batch_size" in err
 
 
+def test_a_path_that_may_not_be_used_is_one_line(capsys):
+    def locked():
+        raise PermissionError(13, "Permission denied", "out/ckpt.pt")
+    with pytest.raises(SystemExit) as e:
+        options.run(locked)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.endswith("error: out/ckpt.pt: Permission denied: name another "
+                                              "path\n")
+
+
 @pytest.mark.parametrize("local, kind, said", [("0", "DataError", "-c: error: no room\n"),
                                                ("1", "DataError", ""),
                                                ("1", "OwnError", "-c: error: no room\n")])

@@ -61,6 +61,37 @@ def test_two_options_are_tuned_one_after_the_other(study, tmp_path):
 
 
 @pytest.mark.slow
+def test_values_that_an_arm_cannot_have_are_left_out(study):
+    (code, out, _), result = study("--vary", "precond_power=0,1", "--seeds=2", "--tune_seeds=1",
+                                   "--tune", "learning_rate=5e-4,1e-3,2e-3,1e-2,2e-2",
+                                   "--tune", "min_lr=1e-4,2e-4,5e-3")
+    assert code == 0
+    assert "precond_power=0: min_lr=5e-3 is left out: min_lr=0.005 is above" in out
+    tuned = result["tuned"]
+    assert "5e-3" not in tuned["precond_power=0"]["min_lr"]
+    assert "5e-3" in tuned["precond_power=1"]["min_lr"]
+    assert out.count("(1 to go, ") == 1
+
+
+@pytest.mark.slow
+def test_an_arm_without_c_has_no_power_to_tune(study):
+    (code, out, _), result = study("--arm", "off: precond=False", "--arm", "on:", "--seeds=2",
+                                   "--tune_seeds=1", "--tune", "precond_power=0.5,1,2")
+    assert code == 0 and list(result["tuned"]) == ["on"]
+    assert "off, precond_power" not in out and "Mean val_loss by precond_power" in out
+    assert out.count("(1 to go, ") == 1
+
+
+@pytest.mark.slow
+def test_whole_numbers_are_followed_by_whole_numbers(study):
+    (_, out, _), result = study("--vary", "precond_power=0,1", "--seeds=1", "--tune_seeds=1",
+                                "--tune", "warmup_iters=2,3")
+    assert all(list(means)[:2] == ["2", "3"] and all(value.isdigit() for value in means)
+               for means in (arm["warmup_iters"] for arm in result["tuned"].values()))
+    assert "warmup_iters=2 is the best yet and at the end of the values tried; 1 is next" in out
+
+
+@pytest.mark.slow
 def test_words_can_be_tuned(study):
     (code, out, _), _ = study("--vary", "precond_power=0,1", "--seeds=2", "--tune",
                               "lr_schedule=cosine,linear")

@@ -155,6 +155,16 @@ def test_what_wrap_refuses():
     assert not any(module._forward_pre_hooks for module in partly.modules())
 
 
+def test_an_input_by_name_is_an_error():
+    class NamedAttention(Attention):
+        def forward(self, x):
+            return self.proj(input=x)
+    net = Model(NamedAttention())
+    precond.wrap(net)
+    with pytest.raises(ValueError, match="blocks.0.proj is called with keyword arguments alone"):
+        net(X)
+
+
 def test_a_projection_that_is_not_called_is_an_error():
     """nn.MultiheadAttention uses its out_proj's weight alone."""
     layer = nn.TransformerEncoderLayer(WIDTH, HEADS, WIDTH, batch_first=True)
