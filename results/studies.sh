@@ -84,6 +84,14 @@ study() {  # name -> the words after compare.py
         words=(train.py $larger --max_iters=750 --warmup_iters=50 --eval_interval=250
                --learning_rate=3e-3 "${few[@]}"
                --tune matrix_learning_rate=1.25e-3,2.5e-3,5e-3,1e-2 --tune_seeds=1 --seeds=5) ;;
+    characters_384_confirm)  # on other seeds, the baseline at the recipe's rate as well
+        words=(train.py $larger --max_iters=750 --warmup_iters=50 --eval_interval=250
+               --learning_rate=3e-3
+               --arm "off: matrix_learning_rate=2.5e-3"
+               --arm "off-slow: matrix_learning_rate=1.25e-3"
+               --arm "paper: matrix_learning_rate=2.5e-3 precond=True"
+               --arm "half-grad: matrix_learning_rate=1.25e-3 $half"
+               --first_seed=11 --seeds=5) ;;
     characters_384_adamw)
         words=(train.py $adamw $larger --max_iters=500 --eval_interval=250 "${few[@]}"
                --tune learning_rate=5e-4,1e-3,2e-3,4e-3 --tune_seeds=1 --seeds=5) ;;
@@ -149,7 +157,7 @@ study() {  # name -> the words after compare.py
 }
 
 if [ $# = 0 ]; then
-    for name in kappa characters_{muon_short,adamw_short,confirm,muon,adamw,384,384_adamw} \
+    for name in kappa characters_{muon_short,adamw_short,confirm,muon,adamw,384,384_confirm,384_adamw} \
                 listops_{softmax,nystrom,linear}{,_muon} listops_{confirm,full,full_slow} \
                 pathfinder_{softmax,confirm}{,_adamw} pathfinder_nystrom \
                 {classify,detect,segment}{,_muon,_whole}; do
