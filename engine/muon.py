@@ -5,7 +5,6 @@ Everything else moves by AdamW: embeddings, heads, convolutions, vectors, learne
 import torch
 import torch.nn as nn
 
-from engine.options import UserError
 from engine.orthogonal import orthogonalise
 from engine.parallel import divided, like, whole
 
@@ -28,10 +27,6 @@ def block_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
 
 def muon(model: nn.Module, config) -> torch.optim.Optimizer:
     """Its first group are the blocks' matrices; the other two are AdamW's, decayed and not."""
-    if config.matrix_learning_rate and not config.learning_rate:
-        raise UserError(f"matrix_learning_rate={config.matrix_learning_rate} is a multiple of "
-                        "learning_rate, which is 0: give --learning_rate=1e-12 to move the blocks' "
-                        "matrices alone, or --matrix_learning_rate=0 to move nothing")
     parts = block_matrices(model)
     matrices = [p for p in parts if p.requires_grad]
     rest = [p for p in model.parameters() if p.requires_grad and p not in parts]

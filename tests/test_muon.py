@@ -8,7 +8,6 @@ from engine import checkpoint, device, muon, orthogonal
 from engine.meter import kappa_by_layer
 from engine.muon import Muon, block_matrices
 from engine.optim import make_optimizer
-from engine.options import UserError
 from engine.orthogonal import COEFFICIENTS, by_gram, by_products, orthogonalise
 from engine.trainer import TrainerConfig
 from model import GPT, Classifier, ModelConfig
@@ -225,14 +224,6 @@ def test_processes_follow_one(corpus, tmp_path, call):
     torchrun(3, "train.py", *run, f"--out_dir={tmp_path / 'three'}")
     one, three = (read_metrics(tmp_path / name)[-1] for name in ("one", "three"))
     assert one["val_loss"] == pytest.approx(three["val_loss"], rel=1e-4)
-
-
-def test_matrices_alone_need_a_rate_to_follow():
-    model = GPT(ModelConfig(**TINY), 11)
-    with pytest.raises(UserError, match="--learning_rate=1e-12 to move the blocks' matrices"):
-        make_optimizer(model, TrainerConfig(optimizer="muon", learning_rate=0.0, min_lr=0.0))
-    rates = dict(learning_rate=0.0, min_lr=0.0, matrix_learning_rate=0.0)
-    make_optimizer(model, TrainerConfig(optimizer="muon", **rates))
 
 
 def test_zero_projections_begin_as_the_embedding():
