@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Every study of preconditioning, one command each; but for kappa, listops_full, listops_full_slow
-# and the confirmations each arm has its own learning rate, in characters_384 the matrices' alone.
+# Every study of preconditioning, one command each; but for kappa, listops_full, listops_full_slow,
+# the confirmations and whole presets each arm has its own learning rate, in characters_384 the
+# matrices' alone.
 #
 #   bash results/studies.sh                 # their names, and which have been run
 #   bash results/studies.sh classify_muon   # run one, or go on with it where it was stopped
@@ -13,9 +14,9 @@
 # So long takes characters_384 too, listops_full and listops_full_slow an hour more.
 #
 # Some defaults were others when these studies ran, and their kept compare.json do not name them:
-# AdamW on images and ListOps, Muon's momentum of 0.95 on characters, its interval of 1 on ListOps,
-# its matrices' rate of 1e-2 in characters_muon_short and kappa. In these two it took q, k and v of
-# all heads for one matrix each.
+# AdamW on images and ListOps, Muon's momentum of 0.95 on characters (but for characters_384), its
+# interval of 1 on ListOps, its matrices' rate of 1e-2 in characters_muon_short and kappa. In these
+# two it took q, k and v of all heads for one matrix each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -157,7 +158,8 @@ study() {  # name -> the words after compare.py
 }
 
 if [ $# = 0 ]; then
-    for name in kappa characters_{muon_short,adamw_short,confirm,muon,adamw,384,384_confirm,384_adamw} \
+    for name in kappa characters_{muon_short,adamw_short,confirm,muon,adamw} \
+                characters_384{,_confirm,_adamw} \
                 listops_{softmax,nystrom,linear}{,_muon} listops_{confirm,full,full_slow} \
                 pathfinder_{softmax,confirm}{,_adamw} pathfinder_nystrom \
                 {classify,detect,segment}{,_muon,_whole}; do

@@ -84,7 +84,7 @@ def conditioning(studies: dict[str, dict]):
     kappa is infinite for all.
     """
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
     studies = {name: study for name, study in studies.items() if has_correlation(study)}
     if not studies:
         return None
@@ -117,7 +117,9 @@ def conditioning(studies: dict[str, dict]):
         ax.set_ylabel(f"{metric.label} ({metric.drawn_unit}; {metric.better} is better)")
         ax.set_xlabel("kappa")
         low, high = ax.get_xlim()
-        if high < 30 * low:  # it holds one power of ten at most
+        if high < 5 * low:  # too narrow for LogLocator, which would give ten ticks
+            ax.xaxis.set_major_locator(MaxNLocator(3))
+        elif high < 30 * low:  # it holds one power of ten at most
             ax.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     marks = [Line2D([], [], linestyle="", label=arm, **look) for arm, look in looks.items()]
     figure.legend(handles=marks, ncols=min(len(marks), 2 * columns), loc="outside lower center")

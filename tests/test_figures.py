@@ -282,6 +282,10 @@ def test_the_final_metric_against_kappa(tmp_path):
     narrow, = conditioning({"listops": between}).axes
     low, high = narrow.get_xlim()
     assert any(low < tick < high for tick in narrow.get_xticks())  # no power of ten is among them
+    close = new | {"points": {"off": [[190, 0.5], [300, 0.4], [400, 0.6], [430, 0.5]]}}
+    narrow, = conditioning({"listops": close}).axes
+    low, high = narrow.get_xlim()
+    assert 1 <= sum(low < tick < high for tick in narrow.get_xticks()) <= 4  # room for labels
     edge, = [line for line in ax.lines if line.get_gid() == "infinite"]
     assert list(edge.get_ydata()) == pytest.approx([10.0])  # percent
     on = [line for line in ax.lines if list(line.get_xdata()) == [50.0, 25.0]]
