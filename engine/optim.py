@@ -39,7 +39,7 @@ class OptimConfig(Options):
     optimizer: Annotated[str, "update rule", FIXED, one_of(OPTIMIZERS)] = "adamw"
     max_iters: Annotated[int, "training steps", at_least(0)] = 2000
     learning_rate: Annotated[float, "peak learning rate", at_least(0)] = 3e-3
-    matrix_learning_rate: Annotated[float, "muon: the blocks' matrices'; none if learning_rate=0",
+    matrix_learning_rate: Annotated[float, "muon: peak learning rate of the blocks' matrices",
                                     at_least(0)] = 5e-3
     matrix_interval: Annotated[int, "muon: each of the blocks' matrices moves once in so many "
                                     "steps, as far as in all of them", at_least(1)] = 1

@@ -73,7 +73,9 @@ def run(main: Callable[[], None]):
                 raise
             raise OwnError(f"out of memory ({text.splitlines()[0][:200]}): lower --batch_size, "
                            "--block_size or the model's size") from e
-        except PermissionError as e:  # whatever a path was for
+        except PermissionError as e:
+            if not e.filename:
+                raise
             raise OwnError(f"{e.filename}: {e.strerror}: name another path") from e
         finally:
             sys.stdout.flush()
