@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -76,7 +75,6 @@ def pick_dtype(name: str, device: torch.device, n_embd: int) -> str:
     return "bfloat16" if native else "float32"
 
 
-@cache
 def gpu_multiplies_bf16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 

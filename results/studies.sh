@@ -33,6 +33,7 @@ momentum=--momentum=0.95
 short="--max_iters=375 --warmup_iters=20 --matrix_learning_rate=1e-2 $momentum"
 larger="--n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=4 --eval_iters=25
         --dtype=bfloat16"
+larger_muon="$larger --max_iters=750 --warmup_iters=50 --eval_interval=250 --learning_rate=3e-3"
 pathfinder_adamw="pathfinder --max_iters=1500 --optimizer=adamw --init=gpt2"
 
 images() {  # task, steps, optimizer, further words
@@ -82,12 +83,10 @@ study() {  # name -> the words after compare.py
     # The larger model, of which a run takes five minutes where bfloat16 is fast: only the matrices'
     # rate is tuned.
     characters_384)
-        words=(train.py $larger --max_iters=750 --warmup_iters=50 --eval_interval=250
-               --learning_rate=3e-3 "${few[@]}"
+        words=(train.py $larger_muon "${few[@]}"
                --tune matrix_learning_rate=1.25e-3,2.5e-3,5e-3,1e-2 --tune_seeds=1 --seeds=5) ;;
     characters_384_confirm)  # on other seeds, the baseline at the recipe's rate as well
-        words=(train.py $larger --max_iters=750 --warmup_iters=50 --eval_interval=250
-               --learning_rate=3e-3
+        words=(train.py $larger_muon
                --arm "off: matrix_learning_rate=2.5e-3"
                --arm "off-slow: matrix_learning_rate=1.25e-3"
                --arm "paper: matrix_learning_rate=2.5e-3 precond=True"

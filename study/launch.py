@@ -102,15 +102,15 @@ class Comparison:
                     reason = OURS.get(key, "arms on different data cannot be paired")
                     raise UserError(f"{who} sets {key}: {reason}")
             tried = [{key: value} for key, values in self.tunings.items() for value in values]
-            settings = self.job(arm, first, {}).identity
-            twin = arms.setdefault(hash_of(settings), arm.name)
-            if twin != arm.name:
-                start = settings["config"]["init_from"]
-                given = "" if start in OWN else f". Where one names no C, it has that of {start}"
-                raise UserError(f"the arms {twin!r} and {arm.name!r} are the same: all options "
-                                f"have the same values{given}")
             for chosen in tried or [{}]:
-                values = self.job(arm, first, chosen).identity["config"]
+                job = self.job(arm, first, chosen)
+                values = job.identity["config"]
+                twin = arms.setdefault(hash_of(job.identity), arm.name)
+                if twin != arm.name:
+                    start = values["init_from"]
+                    why = "" if start in OWN else f". Where one names no C, it has that of {start}"
+                    raise UserError(f"the arms {twin!r} and {arm.name!r} are the same: all options "
+                                    f"have the same values{why}")
                 idle = [key for key in arm.keys if key.startswith("precond_")]
                 if idle and not values["precond"]:
                     raise UserError(f"the arm {arm.name!r} sets {', '.join(sorted(idle))}, which "
@@ -307,17 +307,16 @@ class Comparison:
 
         None for an option of C, if the arm has no C. Raises UserError where none can be had else.
         """
-        settings = self.job(arm, TUNE_SEED, arm.chosen).identity["config"]
-        if key.startswith("precond_") and not settings["precond"]:
-            return []
         values = []
         for value in self.tunings[key]:
             try:
-                self.job(arm, TUNE_SEED, arm.chosen | {key: value})
+                job = self.job(arm, TUNE_SEED, arm.chosen | {key: value})
             except UserError as e:
                 print(f"{arm.name}: {key}={value} is left out: {e}", flush=True)
-            else:
-                values.append(value)
+                continue
+            if key.startswith("precond_") and not job.identity["config"]["precond"]:
+                return []
+            values.append(value)
         if not values:
             raise UserError(f"the arm {arm.name!r} can have no value of --tune {key}: see above")
         return values

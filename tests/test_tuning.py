@@ -74,6 +74,16 @@ def test_values_that_an_arm_cannot_have_are_left_out(study):
 
 
 @pytest.mark.slow
+def test_what_only_the_tuned_values_make_possible_is_taken(study):
+    """An arm's min_lr is above the learning rate that the script has by itself."""
+    (code, _, err), result = study("--arm", "off: precond_power=0", "--seeds=1", "--tune_seeds=1",
+                                   "--arm", "high: min_lr=0.013 precond_power=1",
+                                   "--tune", "learning_rate=1.5e-2,3e-2")
+    assert code == 0, err
+    assert list(rates(result)["high"])[:2] == ["1.5e-2", "3e-2"]
+
+
+@pytest.mark.slow
 def test_an_arm_without_c_has_no_power_to_tune(study):
     (code, out, _), result = study("--arm", "off: precond=False", "--arm", "on:", "--seeds=2",
                                    "--tune_seeds=1", "--tune", "precond_power=0.5,1,2")
